@@ -1,0 +1,1 @@
+"""Atomic, asynchronous checkpoints over Orbax."""

@@ -1,0 +1,1 @@
+"""Deterministic, step-addressable data pipelines."""

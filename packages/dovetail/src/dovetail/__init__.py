@@ -1,0 +1,1 @@
+"""Dovetail: a JAX AI stack made of parts that fit."""

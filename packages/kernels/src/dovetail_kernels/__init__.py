@@ -1,0 +1,1 @@
+"""Operations for models in JAX: attention, fused losses, norms, rotary embeddings."""

@@ -1,0 +1,1 @@
+"""Model families as plain flax NNX modules."""

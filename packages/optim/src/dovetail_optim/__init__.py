@@ -1,0 +1,1 @@
+"""What optax lacks: schedules and parameter groups by path."""

@@ -1,0 +1,1 @@
+"""Exact cost counting for JAX programs."""

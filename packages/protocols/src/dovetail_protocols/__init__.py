@@ -1,0 +1,73 @@
+"""The contracts that Dovetail's packages meet: plain pytrees and callables, no base class to inherit."""
+
+from dovetail_protocols import paths
+from dovetail_protocols.batch import LMBatch, batch_size, split_rows
+from dovetail_protocols.checkpointer import Checkpointer, Restored
+from dovetail_protocols.command import Command, CommandError
+from dovetail_protocols.engine import (
+    Completion,
+    Delta,
+    Engine,
+    FinishReason,
+    Request,
+    SamplingParams,
+    Stream,
+    TokenLogprob,
+)
+from dovetail_protocols.loader import Loader, Plan
+from dovetail_protocols.loss import Loss, LossOutput, Term
+from dovetail_protocols.metrics import Sink
+from dovetail_protocols.model import (
+    Auxiliary,
+    CacheSpec,
+    FullCache,
+    LanguageModel,
+    LatentCache,
+    Mixer,
+    RecurrentCache,
+    WindowCache,
+)
+from dovetail_protocols.quantized import QuantizedArray
+from dovetail_protocols.servable import Servable, TensorSpec
+from dovetail_protocols.tokenizer import ChatEncoding, IncrementalDecoder, Message, RoleSpan, Tokenizer
+
+__all__ = [
+    "Auxiliary",
+    "CacheSpec",
+    "ChatEncoding",
+    "Checkpointer",
+    "Command",
+    "CommandError",
+    "Completion",
+    "Delta",
+    "Engine",
+    "FinishReason",
+    "FullCache",
+    "IncrementalDecoder",
+    "LMBatch",
+    "LanguageModel",
+    "LatentCache",
+    "Loader",
+    "Loss",
+    "LossOutput",
+    "Message",
+    "Mixer",
+    "Plan",
+    "QuantizedArray",
+    "RecurrentCache",
+    "Request",
+    "Restored",
+    "RoleSpan",
+    "SamplingParams",
+    "Servable",
+    "Sink",
+    "Stream",
+    "TensorSpec",
+    "Term",
+    "TokenLogprob",
+    "Tokenizer",
+    "WindowCache",
+    "batch_size",
+    "paths",
+    "split_rows",
+]

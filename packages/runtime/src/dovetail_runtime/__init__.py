@@ -1,0 +1,1 @@
+"""Meshes, logical sharding rules, process bootstrap and the preemption flag."""

@@ -1,0 +1,1 @@
+"""Tokenizers behind one protocol: train, load, chat templates, incremental decoding."""

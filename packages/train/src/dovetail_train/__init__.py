@@ -1,0 +1,1 @@
+"""A jitted, donated training step and a small trainer around it."""

@@ -1,0 +1,1 @@
+"""Streaming safetensors in and out, with declarative reversible maps."""
