@@ -1,0 +1,157 @@
+"""Cross-entropy of a linear layer without ever holding all its logits.
+
+Rows are taken in chunks whose logits fit in a few megabytes. When a gradient is asked for, it is computed in the same
+pass, while a chunk's logits are at hand: the backward pass only scales it, and nothing is computed twice. (The idea of
+Liger-Kernel's fused linear cross-entropy, arXiv:2410.10989.)
+"""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from dovetail_protocols import QuantizedArray
+
+__all__ = ["linear_cross_entropy"]
+
+CHUNK_LOGITS = 1 << 22
+
+
+class _Head(NamedTuple):
+    """The differentiable operands besides the hidden states."""
+
+    weight: jax.Array
+    bias: jax.Array | None
+
+
+def linear_cross_entropy(
+    hidden: Float[Array, "tokens features"],
+    weight: Float[Array, "features vocab"] | QuantizedArray,
+    targets: Int[Array, " tokens"],
+    *,
+    loss_weights: Float[Array, " tokens"] | None = None,
+    bias: Float[Array, " vocab"] | None = None,
+    softcap: float | None = None,
+    chunk: int | None = None,
+) -> Float[Array, ""]:
+    r"""Return :math:`\sum_t w_t (\log \sum_v e^{z_{tv}} - z_{t y_t})` with logits :math:`z = h W + b`, in float32.
+
+    Gradients (first order, reverse mode) reach `hidden`, `weight` and `bias`; `loss_weights` are data.
+
+    Args:
+        hidden: final hidden states.
+        weight: unembedding; a QuantizedArray is used dequantized and gets no gradient.
+        targets: the right token of each row, in ``[0, vocab)``; rows of weight 0 may hold anything.
+        loss_weights: default 1 for every row.
+        bias: added to the logits.
+        softcap: logits become ``softcap * tanh(logits / softcap)``.
+        chunk: rows per chunk; default so that a chunk has at most 4 million logits.
+
+    Raises:
+        ValueError: shapes that do not fit, `chunk` below 1, `softcap` not positive.
+        TypeError: targets are not integers.
+
+    >>> h, w = jnp.zeros((3, 2)), jnp.zeros((2, 8))
+    >>> round(float(linear_cross_entropy(h, w, jnp.array([0, 1, 7]))) / 3, 4)  # the entropy of 8 equal classes
+    2.0794
+    """
+    _check(hidden, weight, targets, loss_weights, bias)
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk={chunk}; expected at least one row")
+    if softcap is not None and not softcap > 0:
+        raise ValueError(f"softcap={softcap}; expected a positive number or None")
+    rows, vocab = hidden.shape[0], weight.shape[1]
+    if loss_weights is None:
+        loss_weights = jnp.ones((rows,), jnp.float32)
+    if isinstance(weight, QuantizedArray):
+        weight = jax.lax.stop_gradient(weight.dequantize())
+    if rows == 0:
+        return jnp.zeros((), jnp.float32)
+    size = min(rows, chunk or max(1, CHUNK_LOGITS // vocab))
+    size = -(-rows // -(-rows // size))  # equal chunks, so that little is padded
+    padded = [_pad(x, -rows % size) for x in (hidden, targets, loss_weights)]
+    return _loss(size, softcap, padded[0], _Head(weight, bias), padded[1], padded[2])
+
+
+def _check(hidden: Any, weight: Any, targets: Any, loss_weights: Any, bias: Any) -> None:
+    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[0] or not weight.shape[1]:
+        raise ValueError(
+            f"hidden {hidden.shape}, weight {weight.shape}; "
+            "expected [tokens, features] and [features, vocab] with vocab > 0"
+        )
+    if not jnp.issubdtype(targets.dtype, jnp.integer):
+        raise TypeError(f"targets have dtype {targets.dtype}; expected integers")
+    for name, array, shape in (
+        ("targets", targets, hidden.shape[:1]),
+        ("loss_weights", loss_weights, hidden.shape[:1]),
+        ("bias", bias, weight.shape[1:]),
+    ):
+        if array is not None and array.shape != shape:
+            raise ValueError(f"{name} has shape {array.shape}; expected {shape}")
+
+
+def _pad(x: jax.Array, extra: int) -> jax.Array:
+    return jnp.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1)) if extra else x
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _loss(size: int, softcap: float | None, hidden: Any, head: _Head, targets: Any, weights: Any) -> jax.Array:
+    def add(total: jax.Array, rows: Any) -> tuple[jax.Array, None]:
+        return total + _chunk(softcap, rows, head)[0], None
+
+    return jax.lax.scan(add, jnp.zeros((), jnp.float32), _chunks(size, hidden, targets, weights))[0]
+
+
+def _forward_rule(size: int, softcap: float | None, hidden: Any, head: _Head, targets: Any, weights: Any) -> Any:
+    def add(carry: Any, rows: Any) -> Any:
+        total, d_head = carry
+        loss, d_logits = _chunk(softcap, rows, head)
+        d_logits = d_logits.astype(hidden.dtype)
+        d_weight = jnp.einsum("td,tv->dv", rows[0], d_logits, preferred_element_type=jnp.float32)
+        d_bias = None if head.bias is None else d_head.bias + jnp.sum(d_logits, axis=0, dtype=jnp.float32)
+        d_hidden = jnp.einsum("tv,dv->td", d_logits, head.weight.astype(hidden.dtype))
+        return (total + loss, _Head(d_head.weight + d_weight, d_bias)), d_hidden
+
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
+    chunks = _chunks(size, hidden, targets, weights)
+    if chunks[0].shape[0] == 1:
+        (total, d_head), d_hidden = add((jnp.zeros((), jnp.float32), zeros), jax.tree.map(lambda x: x[0], chunks))
+    else:
+        (total, d_head), d_hidden = jax.lax.scan(add, (jnp.zeros((), jnp.float32), zeros), chunks)
+    return total, (d_hidden.reshape(hidden.shape), jax.tree.map(lambda g, x: g.astype(x.dtype), d_head, head))
+
+
+def _backward_rule(size: int, softcap: float | None, saved: Any, d_total: jax.Array) -> tuple[Any, ...]:
+    del size, softcap
+    d_hidden, d_head = jax.tree.map(lambda g: g * d_total.astype(g.dtype), saved)
+    return d_hidden, d_head, None, None
+
+
+_loss.defvjp(_forward_rule, _backward_rule)
+
+
+def _chunks(size: int, *rows: jax.Array) -> tuple[jax.Array, ...]:
+    return tuple(x.reshape(-1, size, *x.shape[1:]) for x in rows)
+
+
+def _chunk(softcap: float | None, rows: Any, head: _Head) -> tuple[jax.Array, jax.Array]:
+    """Return the summed loss of a chunk and its gradient with respect to the linear layer's output."""
+    hidden, targets, weights = rows
+    raw = jnp.einsum("td,dv->tv", hidden, head.weight.astype(hidden.dtype), preferred_element_type=jnp.float32)
+    if head.bias is not None:
+        raw = raw + head.bias.astype(jnp.float32)
+    capped = raw if softcap is None else softcap * jnp.tanh(raw / softcap)
+    peak = jnp.max(capped, axis=1, keepdims=True)
+    p = jnp.exp(capped - peak)
+    total = jnp.sum(p, axis=1, keepdims=True)
+    right = jnp.take_along_axis(capped, targets[:, None], axis=1, mode="clip")
+    live = (weights != 0)[:, None]
+    scaled = weights.astype(jnp.float32)[:, None]
+    loss = jnp.sum(jnp.where(live, (peak + jnp.log(total) - right) * scaled, jnp.zeros((), jnp.float32)))
+    is_target = targets[:, None] == jnp.arange(raw.shape[1], dtype=targets.dtype)
+    gradient = (p / total - is_target.astype(jnp.float32)) * scaled
+    if softcap is not None:
+        gradient = gradient * (1 - (capped / softcap) ** 2)
+    return loss, jnp.where(live, gradient, jnp.zeros((), jnp.float32))

@@ -1,0 +1,91 @@
+"""DenseMixer: the mixer of training and scoring, over whole rows of tokens."""
+
+import dataclasses
+from typing import Any
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from dovetail_kernels.attention import AttentionImplementation, attention
+
+__all__ = ["DenseMixer"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DenseMixer:
+    """Causal attention inside each row (and segment) of a ``[batch, time]`` batch; meets `dovetail_protocols.Mixer`.
+
+    Attributes:
+        segment_ids: ``[batch, time]``, or None where every row is one segment.
+        batch: rows.
+        time: tokens per row.
+        implementation: of `dovetail_kernels.attention`.
+    """
+
+    segment_ids: Int[Array, "batch time"] | None
+    batch: int = dataclasses.field(metadata={"static": True})
+    time: int = dataclasses.field(metadata={"static": True})
+    implementation: AttentionImplementation | None = dataclasses.field(default=None, metadata={"static": True})
+
+    @classmethod
+    def of(
+        cls,
+        tokens: Int[Array, "batch time"],
+        segment_ids: Int[Array, "batch time"] | None = None,
+        *,
+        implementation: AttentionImplementation | None = None,
+    ) -> "DenseMixer":
+        """Return the mixer for a batch of rows.
+
+        Raises:
+            ValueError: `tokens` are not ``[batch, time]``, or `segment_ids` have another shape.
+        """
+        if tokens.ndim != 2:
+            raise ValueError(f"tokens have shape {tokens.shape}; expected [batch, time]")
+        if segment_ids is not None and segment_ids.shape != tokens.shape:
+            raise ValueError(f"segment_ids have shape {segment_ids.shape}; expected that of tokens, {tokens.shape}")
+        return cls(segment_ids, tokens.shape[0], tokens.shape[1], implementation)
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Array, "tokens heads key_dim"],
+        key: Float[Array, "tokens kv_heads key_dim"],
+        value: Float[Array, "tokens kv_heads value_dim"],
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> tuple[Float[Array, "tokens heads value_dim"], "DenseMixer"]:
+        """Attend within rows; `layer` does not matter here. See `dovetail_protocols.Mixer.attend`."""
+        del layer
+
+        def rows(x: jax.Array) -> jax.Array:
+            return x.reshape(self.batch, self.time, *x.shape[1:])
+
+        out = attention(
+            rows(query),
+            rows(key),
+            rows(value),
+            window=window,
+            segment_ids=self.segment_ids,
+            scale=scale,
+            implementation=self.implementation,
+        )
+        return out.reshape(-1, *out.shape[2:]), self
+
+    def attend_latent(self, *_: Any, **__: Any) -> Any:
+        """Not offered.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("DenseMixer.attend_latent: latent attention is not offered by this mixer yet")
+
+    def recur(self, *_: Any, **__: Any) -> Any:
+        """Not offered.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError("DenseMixer.recur: recurrent layers are not offered by this mixer yet")

@@ -1,0 +1,150 @@
+"""Rotary position embeddings (Su et al., arXiv:2104.09864) in the half layout, with the usual scalings.
+
+The table of cosines and sines is made once per forward and used by every layer.
+"""
+
+import dataclasses
+import math
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+__all__ = [
+    "LinearScaling",
+    "Llama3Scaling",
+    "RopeScaling",
+    "RopeTable",
+    "YarnScaling",
+    "rope",
+    "rope_frequencies",
+    "rope_table",
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class LinearScaling:
+    """Positions divided by `factor` (Chen et al., arXiv:2306.15595)."""
+
+    factor: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Llama3Scaling:
+    """Llama 3.1: long wavelengths divided by `factor`, short ones kept, a linear blend between."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+
+@dataclasses.dataclass(frozen=True)
+class YarnScaling:
+    """YaRN (Peng et al., arXiv:2309.00071): a ramp between interpolation and extrapolation, and warmer attention.
+
+    `attention_factor` multiplies cosines and sines; None is the paper's ``0.1 ln(factor) + 1``.
+    """
+
+    factor: float
+    original_max_position: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    attention_factor: float | None = None
+    truncate: bool = True
+
+
+RopeScaling: TypeAlias = LinearScaling | Llama3Scaling | YarnScaling
+
+
+class RopeTable(NamedTuple):
+    """Cosines and sines of every position, ``[*positions, dim // 2]``."""
+
+    cos: jax.Array
+    sin: jax.Array
+
+
+def rope_frequencies(dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[np.ndarray[Any, Any], float]:
+    """Return the angular frequencies ``[dim // 2]`` (float32, radians per position) and the factor of the table.
+
+    Args:
+        dim: rotated features per head, even.
+        theta: base of the geometric progression of wavelengths.
+        scaling: how a longer context is reached.
+
+    Raises:
+        ValueError: `dim` is odd or not positive, or `theta` is not above 1.
+    """
+    if dim <= 0 or dim % 2:
+        raise ValueError(f"dim={dim}; rotary embeddings need a positive even number of features")
+    if not theta > 1:
+        raise ValueError(f"theta={theta}; expected more than 1 (10000 is usual)")
+    base = 1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
+    factor = 1.0
+    match scaling:
+        case None:
+            pass
+        case LinearScaling():
+            base = base / scaling.factor
+        case Llama3Scaling():
+            base = _llama3(base, scaling)
+        case YarnScaling():
+            base = _yarn(base, dim, theta, scaling)
+            factor = scaling.attention_factor
+            factor = 0.1 * math.log(scaling.factor) + 1.0 if factor is None else factor
+    return base.astype(np.float32), factor
+
+
+def _llama3(base: np.ndarray[Any, Any], scaling: Llama3Scaling) -> np.ndarray[Any, Any]:
+    turns = scaling.original_max_position * base / (2 * math.pi)
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = np.clip(blend, 0.0, 1.0)
+    return blend * base + (1 - blend) * base / scaling.factor
+
+
+def _yarn(base: np.ndarray[Any, Any], dim: int, theta: float, scaling: YarnScaling) -> np.ndarray[Any, Any]:
+    def feature_with(turns: float) -> float:
+        return dim * math.log(scaling.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = feature_with(scaling.beta_fast), feature_with(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, dim - 1)
+    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
+    return base / scaling.factor * ramp + base * (1 - ramp)
+
+
+def rope_table(
+    positions: Int[Array, "*tokens"], frequencies: Any, *, factor: float = 1.0, dtype: Any = jnp.float32
+) -> RopeTable:
+    """Return the cosines and sines of integer positions; angles are computed in float32.
+
+    Args:
+        positions: any shape.
+        frequencies: ``[dim // 2]``, as from `rope_frequencies`.
+        factor: multiplies both tables.
+        dtype: of the tables.
+    """
+    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32)
+    return RopeTable((jnp.cos(angles) * factor).astype(dtype), (jnp.sin(angles) * factor).astype(dtype))
+
+
+def rope(x: Float[Array, "*tokens heads dim"], table: RopeTable) -> Float[Array, "*tokens heads dim"]:
+    """Rotate each head's features ``(x[i], x[i + dim/2])`` by the angle of its token's position.
+
+    Args:
+        x: queries or keys.
+        table: of the same tokens, ``[*tokens, dim // 2]``.
+
+    Raises:
+        ValueError: the table does not belong to these tokens or this head size.
+    """
+    if table.cos.shape != (*x.shape[:-2], x.shape[-1] // 2):
+        raise ValueError(
+            f"the table has shape {table.cos.shape}; x {x.shape} needs {(*x.shape[:-2], x.shape[-1] // 2)}"
+        )
+    cos, sin = table.cos[..., None, :].astype(x.dtype), table.sin[..., None, :].astype(x.dtype)
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
