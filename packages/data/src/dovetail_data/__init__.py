@@ -1,1 +1,44 @@
-"""Deterministic, step-addressable data pipelines."""
+"""Deterministic, step-addressable data pipelines.
+
+Importing this package imports NumPy and xxhash; Grain and jax are imported by what needs them (`Plan.loader`,
+`Plan.at`).
+"""
+
+from dovetail_data._errors import CacheError, CorpusError
+from dovetail_data.build import Progress, build_cache
+from dovetail_data.cache import TokenCache
+from dovetail_data.corpus import Corpus, Document, Summary, concatenate, from_documents
+from dovetail_data.explain import Explanation, Piece
+from dovetail_data.permutation import Permutation
+from dovetail_data.planning import Plan, plan
+from dovetail_data.sources import jsonl, open_corpus, parquet, text_files
+from dovetail_data.stdlib import python_corpus
+from dovetail_data.tokens import TokenSource, TokenView
+from dovetail_data.unigram import token_counts, unigram_bits_per_byte
+
+__all__ = [
+    "CacheError",
+    "Corpus",
+    "CorpusError",
+    "Document",
+    "Explanation",
+    "Permutation",
+    "Piece",
+    "Plan",
+    "Progress",
+    "Summary",
+    "TokenCache",
+    "TokenSource",
+    "TokenView",
+    "build_cache",
+    "concatenate",
+    "from_documents",
+    "jsonl",
+    "open_corpus",
+    "parquet",
+    "plan",
+    "python_corpus",
+    "text_files",
+    "token_counts",
+    "unigram_bits_per_byte",
+]

@@ -1,0 +1,77 @@
+"""Texts to flat arrays of tokens: the one function that the building process and its workers share."""
+
+import itertools
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+from jaxtyping import Int64, UInt
+
+from dovetail_data._errors import CacheError
+from dovetail_data.corpus import Document
+
+if TYPE_CHECKING:
+    import dovetail_protocols
+
+__all__ = ["Encoded", "Rules", "encode", "rules"]
+
+
+class Encoded(NamedTuple):
+    """Documents as tokens, each followed by the end-of-document token; all arrays little-endian.
+
+    Attributes:
+        tokens: all documents' tokens, one after the other.
+        lengths: tokens per document, the end token included.
+        sizes: UTF-8 bytes per document.
+    """
+
+    tokens: UInt[np.ndarray, " tokens"]
+    lengths: Int64[np.ndarray, " documents"]
+    sizes: Int64[np.ndarray, " documents"]
+
+
+class Rules(NamedTuple):
+    """What a tokenizer's ids must satisfy and how they are stored."""
+
+    vocab_size: int
+    eos_id: int
+    dtype: str
+
+
+def rules(tokenizer: "dovetail_protocols.Tokenizer") -> Rules:
+    """Return the storage rules for a tokenizer.
+
+    Raises:
+        ValueError: it has no end-of-document token, or its ids do not fit 32 bits.
+    """
+    size, eos = int(tokenizer.vocab_size), tuple(tokenizer.eos_ids)
+    if not 1 <= size <= 2**32:
+        raise ValueError(f"the tokenizer has vocab_size={size}; expected 1 to 2**32")
+    if not eos or not 0 <= eos[0] < size:
+        raise ValueError(f"the tokenizer has eos_ids={eos} and vocab_size={size}; eos_ids[0] must end each document")
+    return Rules(size, int(eos[0]), "<u2" if size <= 2**16 else "<u4")
+
+
+def encode(tokenizer: "dovetail_protocols.Tokenizer", documents: Sequence[Document], rule: Rules) -> Encoded:
+    """Encode documents.
+
+    Raises:
+        CacheError: the tokenizer returned ids outside its vocabulary, or not one list per text.
+    """
+    texts = [document.text for document in documents]
+    encoded = tokenizer.encode_batch(texts)
+    if len(encoded) != len(texts):
+        raise CacheError(f"encode_batch returned {len(encoded)} lists for {len(texts)} texts; expected one per text")
+    lengths = np.fromiter((len(ids) + 1 for ids in encoded), np.int64, len(encoded))
+    ends = ([rule.eos_id] for _ in encoded)
+    pairs = zip(encoded, ends, strict=True)
+    flat = itertools.chain.from_iterable(itertools.chain.from_iterable(pairs))
+    tokens = np.fromiter(flat, np.int64, int(lengths.sum()))
+    bad = np.flatnonzero((tokens < 0) | (tokens >= rule.vocab_size))
+    if bad.size:
+        where = documents[int(np.searchsorted(np.cumsum(lengths), bad[0], side="right"))].id
+        raise CacheError(
+            f"the tokenizer gave id {tokens[bad[0]]} in document {where!r}; expected 0 to {rule.vocab_size - 1}"
+        )
+    sizes = np.fromiter((len(text.encode()) for text in texts), np.int64, len(texts))
+    return Encoded(tokens.astype(rule.dtype), lengths, sizes)
