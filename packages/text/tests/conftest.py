@@ -2,8 +2,9 @@ import json
 
 import pytest
 import tokenizers
-from dovetail_text import Tokenizer, train_bpe
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
+
+from dovetail_text import Tokenizer, train_bpe
 
 TEXTS = [
     "def main():\n    return 0\n\n\nclass A:\n    x = 1234567\n" * 3,
@@ -38,9 +39,7 @@ def llama_like() -> Tokenizer:
     spec = json.loads(engine.to_str())
     size = max(spec["model"]["vocab"].values()) + 2
     spec["model"]["vocab"] |= {f"<0x{b:02X}>": size + b for b in range(256)}
-    return Tokenizer(
-        json.dumps(spec), eos_tokens=["</s>"], named={"bos_token": "<s>", "eos_token": "</s>"}
-    )
+    return Tokenizer(json.dumps(spec), eos_tokens=["</s>"], named={"bos_token": "<s>", "eos_token": "</s>"})
 
 
 @pytest.fixture(scope="session")

@@ -7,10 +7,11 @@ import pkgutil
 import subprocess
 import sys
 
-import dovetail_text
 import pytest
 from sybil import Sybil
 from sybil.parsers.markdown import PythonCodeBlockParser
+
+import dovetail_text
 
 README = pathlib.Path(__file__).parents[1] / "README.md"
 

@@ -1,6 +1,7 @@
 import json
 
 import pytest
+
 from dovetail_text import Tokenizer, TokenizerError
 
 

@@ -1,7 +1,8 @@
 import pytest
-from dovetail_text import StopStrings
 from hypothesis import given, settings
 from hypothesis import strategies as st
+
+from dovetail_text import StopStrings
 
 SMALL = st.text(alphabet="ab<", max_size=12)
 STOPS = st.lists(st.text(alphabet="ab<", min_size=1, max_size=4), max_size=4)

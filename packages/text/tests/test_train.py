@@ -4,11 +4,12 @@ import subprocess
 import sys
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
 from dovetail_protocols import Tokenizer as Protocol
 from dovetail_text import TokenizerError, train_bpe
 from dovetail_text.decoding import byte_of_symbol
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 
 @given(st.text())

@@ -124,7 +124,7 @@ def render_chat(
 
 def _is_left_out(render: Render, messages: Sequence[Mapping[str, Any]], tools: Any, index: int) -> bool:
     """Whether the template writes the same for another content of the same message."""
-    other = [{**m, "content": m["content"] + "\n."} if i == index else m for i, m in enumerate(messages)]
+    other = [{**m, "content": f".{m['content']}."} if i == index else m for i, m in enumerate(messages)]
     return render(messages, tools) == render(other, tools)
 
 

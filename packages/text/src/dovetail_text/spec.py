@@ -50,7 +50,7 @@ def _version() -> str:
 
 
 def continuation(spec: Json) -> Json:
-    """Return the description of a tokenizer for text that follows other text (no space is put before the first word)."""
+    """Return the description of a tokenizer for text that follows other text: no space before its first word."""
 
     def edit(value: Any) -> Any:
         if isinstance(value, Mapping):

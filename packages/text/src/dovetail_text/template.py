@@ -60,7 +60,6 @@ def compile_template(source: str) -> Renderer:
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, "jinja2.ext.loopcontrols"]
     )
     environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
     try:
         template = environment.from_string(source)
     except jinja2.TemplateError as error:
@@ -68,7 +67,7 @@ def compile_template(source: str) -> Renderer:
 
     def render(*, now: datetime.datetime, **variables: Any) -> str:
         try:
-            return template.render(strftime_now=now.strftime, **variables)
+            return template.render(strftime_now=now.strftime, raise_exception=_raise_exception, **variables)
         except jinja2.TemplateError as error:
             raise ChatError(f"the chat template refuses the conversation: {error}") from error
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:

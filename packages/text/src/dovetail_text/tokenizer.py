@@ -5,13 +5,12 @@ import datetime
 import functools
 import json
 import pathlib
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import tokenizers
-from dovetail_protocols import ChatEncoding, IncrementalDecoder, Message, RoleSpan
 
+from dovetail_protocols import ChatEncoding, IncrementalDecoder, Message, RoleSpan
 from dovetail_text import files, spec
 from dovetail_text.chat import Rendered, render_chat
 from dovetail_text.decoding import ByteDecoder, WindowDecoder, byte_of_symbol
@@ -249,26 +248,24 @@ class Tokenizer:
         Raises:
             ChatError: there is no template, the template refuses the messages, or it rewrites a message.
         """
+        checked = _checked(messages)
         rendered = render_chat(
             functools.partial(self._render, add_generation_prompt, datetime.datetime.now()),
-            _checked(messages),
+            checked,
             None if tools is None else list(tools),
             spec.special_pattern(self._special),
         )
         pieces = list(self._segments(rendered))
         starts = [span[0] for _, span in pieces]
         stops = [span[1] for _, span in pieces]
-        spans = [
-            RoleSpan(m["role"], bisect.bisect_right(stops, a), bisect.bisect_left(starts, b))
-            if b > a
-            else RoleSpan(m["role"], 0, 0)
-            for m, (a, b) in zip(messages, rendered.ranges, strict=True)  # pyright: ignore[reportTypedDictNotRequiredAccess] - checked
-        ]
+
+        def tokens_of(start: int, stop: int) -> tuple[int, int]:
+            return (bisect.bisect_right(stops, start), bisect.bisect_left(starts, stop)) if stop > start else (0, 0)
+
+        spans = [RoleSpan(m["role"], *tokens_of(*r)) for m, r in zip(checked, rendered.ranges, strict=True)]
         return ChatEncoding([i for i, _ in pieces], tuple(spans))
 
-    def _render(
-        self, prompt: bool, now: datetime.datetime, messages: Sequence[Mapping[str, Any]], tools: Any
-    ) -> str:
+    def _render(self, prompt: bool, now: datetime.datetime, messages: Sequence[Mapping[str, Any]], tools: Any) -> str:
         return self._template(
             now=now, messages=messages, tools=tools, documents=None, add_generation_prompt=prompt, **self._named
         )
@@ -298,8 +295,10 @@ class Tokenizer:
         """Yield start, stop and id of the special tokens that the template itself wrote."""
         text, begin = rendered.text, 0
         pattern = spec.special_pattern(self._special)
-        for low, high in _gaps(rendered.ranges, len(text)) if pattern else ():
-            for match in re.compile(pattern).finditer(text, low, high):
+        if pattern is None:
+            return
+        for low, high in _gaps(rendered.ranges, len(text)):
+            for match in pattern.finditer(text, low, high):
                 start, stop = match.span()
                 if start < begin or any(at in rendered.breaks for at in range(start + 1, stop)):
                     continue

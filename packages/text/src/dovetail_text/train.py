@@ -72,7 +72,7 @@ def train_bpe(
 
 def _check(vocab_size: int, special_tokens: Sequence[str]) -> None:
     if isinstance(special_tokens, str) or not special_tokens or not all(special_tokens):
-        raise TokenizerError(f"special_tokens is {special_tokens!r}; expected at least one non-empty name in a sequence")
+        raise TokenizerError(f"special_tokens is {special_tokens!r}; expected a sequence of at least one name")
     if len(set(special_tokens)) != len(special_tokens):
         raise TokenizerError(f"special_tokens {list(special_tokens)} has a name twice")
     if vocab_size < 256 + len(special_tokens):
