@@ -1,0 +1,22 @@
+import subprocess
+import sys
+
+PROGRAM = """
+import signal, sys, time
+import jax, jax.numpy, jax.experimental, numpy, dovetail_protocols
+before = signal.getsignal(signal.SIGTERM), sorted(jax.config.values.items(), key=str)
+begin = time.perf_counter()
+import dovetail_runtime
+print(time.perf_counter() - begin)
+after = signal.getsignal(signal.SIGTERM), sorted(jax.config.values.items(), key=str)
+from jax._src import xla_bridge
+assert before == after and not xla_bridge.backends_are_initialized()
+assert jax.sharding.get_abstract_mesh().empty
+"""
+
+
+def test_our_modules_import_in_less_than_0_3_seconds_without_side_effects():
+    """A slow or meddling import is paid by every command line call and every worker process."""
+    runs = [subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, timeout=120) for _ in "12"]
+    assert all(run.returncode == 0 for run in runs), runs[0].stderr
+    assert min(float(run.stdout) for run in runs) < 0.3
