@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from dovetail_kernels._dtypes import exact
+from dovetail_kernels._manual import alike
 from dovetail_kernels._mask import Mask, allowed
 
 BLOCK = 128
@@ -51,6 +53,7 @@ def attention(
     """See `dovetail_kernels.attention`; shapes are checked there."""
     batch, time, heads, _ = query.shape
     kv_heads = key.shape[2]
+    query, key, value, segment_ids = alike(query, key, value, segment_ids)
     q = query.reshape(batch, time, kv_heads, heads // kv_heads, -1).transpose(0, 2, 3, 1, 4)
     out: jax.Array = _attend(mask, float(scale), q, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), segment_ids)
     return out.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, -1)
@@ -134,7 +137,7 @@ def _over_blocks(block: Callable[[Any], Any], group: Group, summed: int = 0) -> 
         out = block(start)
         return jax.tree.map(jnp.add, carry, tuple(out[joined:])), tuple(out[:joined])
 
-    zeros = tuple(jnp.zeros(s.shape, s.dtype) for s in shapes[joined:])
+    zeros = tuple(jnp.zeros_like(s) for s in shapes[joined:])
     sums, rows = jax.lax.scan(body, zeros, starts)
     return (*(_join(r) for r in rows), *sums)
 
@@ -169,5 +172,4 @@ def _logits(
 
 
 def _dot(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    exact = jnp.promote_types(a.dtype, jnp.float32)
-    return jnp.einsum(spec, a, b, preferred_element_type=exact)
+    return jnp.einsum(spec, a, b, preferred_element_type=exact(a.dtype))

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dovetail_kernels import _blocked
+from dovetail_kernels._dtypes import exact
 from dovetail_kernels._mask import Mask, allowed
 
 __all__ = ["AttentionImplementation", "attention"]
@@ -47,6 +48,7 @@ def attention(
 
     Raises:
         ValueError: shapes that do not fit, a window below 1 or without `causal`, an unknown implementation.
+        TypeError: operands that are not floats, segments that are not integers.
 
     >>> q = jnp.ones((1, 4, 2, 8)); kv = jnp.ones((1, 4, 1, 8))
     >>> attention(q, kv, kv).shape
@@ -55,6 +57,8 @@ def attention(
     _check(query, key, value, segment_ids)
     _check_mask(query.shape[1], key.shape[1], causal, window, segment_ids)
     mask = Mask(causal, window)
+    if 0 in (*query.shape[:3], key.shape[1]):
+        return jnp.zeros((*query.shape[:3], value.shape[3]), value.dtype)
     factor = query.shape[-1] ** -0.5 if scale is None else scale
     match implementation:
         case None | "blocked":
@@ -67,6 +71,11 @@ def attention(
 
 def _check(query: jax.Array, key: jax.Array, value: jax.Array, segment_ids: jax.Array | None) -> None:
     shapes = f"query {query.shape}, key {key.shape}, value {value.shape}"
+    for name, array in (("query", query), ("key", key), ("value", value)):
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            raise TypeError(f"{name} has dtype {array.dtype}; expected a float")
+    if segment_ids is not None and not jnp.issubdtype(segment_ids.dtype, jnp.integer):
+        raise TypeError(f"segment_ids have dtype {segment_ids.dtype}; expected integers")
     if not query.ndim == key.ndim == value.ndim == 4:
         raise ValueError(f"{shapes}; expected [batch, time, heads, dim] each")
     if key.shape[:3] != value.shape[:3] or key.shape[0] != query.shape[0] or key.shape[3] != query.shape[3]:
@@ -94,15 +103,15 @@ def _reference(
 ) -> jax.Array:
     batch, time, heads, _ = query.shape
     source, kv_heads = key.shape[1:3]
-    exact = jnp.promote_types(query.dtype, jnp.float32)
+    wide = exact(query.dtype)
     grouped = query.reshape(batch, time, kv_heads, heads // kv_heads, -1)
-    logits = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=exact) * scale
+    logits = jnp.einsum("btkgd,bskd->bkgts", grouped, key, preferred_element_type=wide) * scale
     keep = allowed(mask, (0, time), (0, source), segment_ids)
     if keep is not None:
         keep = jnp.broadcast_to(keep, (batch, time, source))[:, None, None]
-        logits = jnp.where(keep, logits, jnp.finfo(exact).min)
+        logits = jnp.where(keep, logits, jnp.finfo(wide).min)
     weights = jax.nn.softmax(logits, axis=-1)
     if keep is not None:
-        weights = jnp.where(keep, weights, jnp.zeros((), exact))
+        weights = jnp.where(keep, weights, jnp.zeros((), wide))
     out = jnp.einsum("bkgts,bskd->btkgd", weights.astype(value.dtype), value)
     return out.reshape(batch, time, heads, -1)

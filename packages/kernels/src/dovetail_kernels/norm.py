@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from dovetail_kernels._dtypes import exact
+
 __all__ = ["rms_norm"]
 
 
@@ -22,8 +24,8 @@ def rms_norm(
     """
     if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(f"weight has shape {weight.shape}; expected {x.shape[-1:]}, the last axis of x {x.shape}")
-    exact = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    out = exact * jax.lax.rsqrt(jnp.mean(exact * exact, axis=-1, keepdims=True) + eps)
+    wide = x.astype(exact(x.dtype))
+    out = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
     if weight is not None:
         out = out * weight.astype(out.dtype)
     return out.astype(x.dtype)

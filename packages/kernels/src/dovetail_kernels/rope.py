@@ -66,7 +66,9 @@ class RopeTable(NamedTuple):
     sin: jax.Array
 
 
-def rope_frequencies(dim: int, theta: float, scaling: RopeScaling | None = None) -> tuple[np.ndarray[Any, Any], float]:
+def rope_frequencies(
+    dim: int, theta: float, scaling: RopeScaling | None = None
+) -> tuple[Float[np.ndarray, " half"], float]:
     """Return the angular frequencies ``[dim // 2]`` (float32, radians per position) and the factor of the table.
 
     Args:
@@ -97,14 +99,14 @@ def rope_frequencies(dim: int, theta: float, scaling: RopeScaling | None = None)
     return base.astype(np.float32), factor
 
 
-def _llama3(base: np.ndarray[Any, Any], scaling: Llama3Scaling) -> np.ndarray[Any, Any]:
+def _llama3(base: Float[np.ndarray, " half"], scaling: Llama3Scaling) -> Float[np.ndarray, " half"]:
     turns = scaling.original_max_position * base / (2 * math.pi)
     blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
     blend = np.clip(blend, 0.0, 1.0)
     return blend * base + (1 - blend) * base / scaling.factor
 
 
-def _yarn(base: np.ndarray[Any, Any], dim: int, theta: float, scaling: YarnScaling) -> np.ndarray[Any, Any]:
+def _yarn(base: Float[np.ndarray, " half"], dim: int, theta: float, scaling: YarnScaling) -> Float[np.ndarray, " half"]:
     def feature_with(turns: float) -> float:
         return dim * math.log(scaling.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(theta))
 

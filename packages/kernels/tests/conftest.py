@@ -1,0 +1,23 @@
+"""Shapes and types of every annotated call are checked at run time; README blocks and docstring examples are run."""
+
+from collections.abc import Iterator
+
+import jaxtyping
+import pytest
+
+with jaxtyping.install_import_hook("dovetail_kernels", "beartype.beartype"):
+    import dovetail_kernels  # noqa: F401
+
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+from sybil.parsers.rest import DocTestParser
+
+pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser(), DocTestParser()], pattern="*.md", path="..").pytest()
+
+
+@pytest.fixture
+def untyped() -> Iterator[None]:
+    """Turn the run-time shape checks off, to see what a user without them sees."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
