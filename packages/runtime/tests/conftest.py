@@ -1,4 +1,4 @@
-"""Runs the examples of the README and of the docstrings; starts real processes."""
+"""Starts real processes."""
 
 import os
 import signal
@@ -8,23 +8,7 @@ import sys
 import threading
 import time
 
-import jax
 import pytest
-from sybil import Sybil
-from sybil.parsers.markdown import PythonCodeBlockParser
-from sybil.parsers.rest import DocTestParser
-
-
-def _setup(namespace):
-    import dovetail_runtime
-
-    namespace.update(jax=jax, **{name: getattr(dovetail_runtime, name) for name in dovetail_runtime.__all__})
-
-
-pytest_collect_file = (
-    Sybil(parsers=[PythonCodeBlockParser()], patterns=["README.md"], path="..")
-    + Sybil(parsers=[DocTestParser()], patterns=["**/*.py"], path="../src", setup=_setup)
-).pytest()
 
 
 class Children:

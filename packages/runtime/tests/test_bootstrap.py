@@ -51,7 +51,7 @@ def test_environment_variables_fill_in_and_are_checked_like_arguments(monkeypatc
         initialize()
     monkeypatch.setenv("JAX_NUM_PROCESSES", "nine")
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "h:1")
-    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES. is 'nine'"):
+    with pytest.raises(ValueError, match=r"JAX_NUM_PROCESSES. is 'nine'"):
         initialize()
 
 

@@ -71,7 +71,7 @@ def test_indivisible_dimensions_use_the_longest_prefix_that_divides():
 def test_unknown_names_and_wrong_ranks_are_errors():
     with pytest.raises(ShardingError, match=r"'embedd'.*'embed'"):
         resolve(("embedd",), (8,), FSDP.weights, mesh(fsdp=8))
-    with pytest.raises(ShardingError, match="2 logical names.*rank 1"):
+    with pytest.raises(ShardingError, match=r"2 logical names.*rank 1"):
         resolve(("embed", None), (8,), FSDP.weights, mesh(fsdp=8))
 
 

@@ -43,7 +43,7 @@ def put_batch(batch: Any, mesh: Mesh, rules: Rules) -> Any:
     >>> import numpy as np
     >>> from dovetail_runtime import DATA, mesh
     >>> put_batch({"tokens": np.ones((8, 4), np.int32)}, mesh(data=8), DATA)["tokens"].sharding.spec
-    PartitionSpec('data',)
+    P('data',)
     """
     sharding = batch_sharding(mesh, rules)
     flat = {address: _checked(address, leaf) for address, leaf in paths.flatten(batch).items()}

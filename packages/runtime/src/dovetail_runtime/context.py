@@ -72,7 +72,7 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     >>> import jax.numpy as jnp
     >>> with use(mesh(fsdp=8), FSDP):
     ...     print(jax.jit(lambda x: constrain(x, "batch", "embed"))(jnp.ones((8, 2))).sharding.spec)
-    PartitionSpec('fsdp',)
+    P('fsdp',)
     """
     context = current()
     if context is None:

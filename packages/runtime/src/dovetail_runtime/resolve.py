@@ -47,7 +47,7 @@ def resolve(
     >>> import jax
     >>> from dovetail_runtime import mesh
     >>> resolve(("embed", "mlp"), (8, 6), {"embed": "fsdp", "mlp": "tensor"}, mesh(fsdp=2, tensor=4))
-    PartitionSpec('fsdp',)
+    P('fsdp',)
     """
     return explain(names, shape, rules, mesh, conflict=conflict).spec
 

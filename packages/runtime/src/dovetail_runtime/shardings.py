@@ -73,7 +73,7 @@ def shardings(tree: Any, names: Any, rules: Rules, mesh: Mesh) -> Any:
     >>> from dovetail_runtime import FSDP, mesh
     >>> w = jax.ShapeDtypeStruct((16, 4), "float32")
     >>> shardings({"w": w}, {"**": ("embed", "mlp")}, FSDP, mesh(fsdp=8))["w"].spec
-    PartitionSpec('fsdp',)
+    P('fsdp',)
     """
     found: dict[str, NamedSharding] = {}
     for address, _, _, resolution in _resolved(tree, names, rules, mesh):
