@@ -6,7 +6,7 @@ bytes; None and zero-size leaves are in the description alone.
 
 import dataclasses
 import difflib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import jax
@@ -171,15 +171,17 @@ def match(step: int, leaves: Mapping[str, Leaf], like: Any) -> dict[str, Target]
         TypeError: a leaf of `like` has no shape and dtype.
     """
     wanted = flatten(like)[0]
+    absent = [address for address in wanted if address not in leaves]
+    left = [address for address in leaves if address not in wanted]
     problems = [
-        f"{address or '(root)'} ({_describe(address, value)}) is not in the step{_nearest(address, leaves)}"
-        for address, value in wanted.items()
-        if address not in leaves
+        f"{address or '(root)'} ({_describe(address, wanted[address])}) is not in the step"
+        + _nearest(address, left, leaves)
+        for address in absent
     ]
     problems += [
-        f"{address or '(root)'} ({leaf}) is in the step but not in `like`{_nearest(address, wanted)}"
-        for address, leaf in leaves.items()
-        if address not in wanted
+        f"{address or '(root)'} ({leaves[address]}) is in the step but not in `like`"
+        + _nearest(address, absent, wanted)
+        for address in left
     ]
     targets: dict[str, Target] = {}
     for address, value in wanted.items():
@@ -194,8 +196,10 @@ def match(step: int, leaves: Mapping[str, Leaf], like: Any) -> dict[str, Target]
     return targets
 
 
-def _nearest(address: str, others: Mapping[str, Any]) -> str:
-    near = difflib.get_close_matches(address, list(others), n=2, cutoff=0.5)
+def _nearest(address: str, unmatched: Collection[str], others: Collection[str]) -> str:
+    """Name similar addresses, those that found no partner themselves first."""
+    near = difflib.get_close_matches(address, list(unmatched), n=2, cutoff=0.5)
+    near = near or difflib.get_close_matches(address, list(others), n=2, cutoff=0.5)
     return f"; nearest: {', '.join(near)}" if near else ""
 
 
