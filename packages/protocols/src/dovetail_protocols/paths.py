@@ -11,6 +11,7 @@ the nearest addresses.
 
 import difflib
 import functools
+import itertools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
@@ -57,30 +58,42 @@ def flatten(tree: Any) -> dict[str, Any]:
 def _compile(pattern: str) -> re.Pattern[str]:
     if not pattern:
         raise PatternError("the pattern is empty; use '**' for every leaf")
-    out, depth, i = "", 0, 0
-    while i < len(pattern):
-        char = pattern[i]
-        if pattern.startswith("**/", i) and (i == 0 or pattern[i - 1] == "/"):
-            out, i = out + "(?:[^/]+/)*", i + 3
-            continue
-        if pattern.startswith("/**", i) and i + 3 == len(pattern):
-            out, i = out + "(?:/[^/]+)*", i + 3
-            continue
-        if pattern.startswith("**", i):
-            out, i = out + ".*", i + 2
-            continue
-        if char == "{":
-            depth, piece = depth + 1, "(?:"
-        elif char == "}" and depth:
-            depth, piece = depth - 1, ")"
-        elif char == "," and depth:
-            piece = "|"
-        else:
-            piece = {"*": "[^/]*", "?": "[^/]"}.get(char, re.escape(char))
-        out, i = out + piece, i + 1
-    if depth:
+    return re.compile("|".join(_regex(option) for option in _expand(pattern)))
+
+
+def _expand(pattern: str) -> list[str]:
+    """Write out the alternatives of the first brace, and of all in what that gives."""
+    start = pattern.find("{")
+    if start < 0:
+        return [pattern]
+    depth, cuts = 0, [start]
+    for place in range(start, len(pattern)):
+        depth += {"{": 1, "}": -1}.get(pattern[place], 0)
+        if depth == 0 or (depth == 1 and pattern[place] == ","):
+            cuts.append(place)
+        if depth == 0:
+            break
+    else:
         raise PatternError(f"pattern {pattern!r} has an unclosed '{{'; write {{a,b}} for alternatives")
-    return re.compile(out)
+    options = [pattern[left + 1 : right] for left, right in itertools.pairwise(cuts)]
+    head, tail = pattern[:start], pattern[cuts[-1] + 1 :]
+    return [whole for option in options for whole in _expand(head + option + tail)]
+
+
+def _regex(pattern: str) -> str:
+    """Translate a glob without braces; a whole-part ``**`` takes the slash after it, or before it at the end."""
+    out = ""
+    parts = [part for part, after in itertools.pairwise([*pattern.split("/"), ""]) if not part == after == "**"]
+    for place, part in enumerate(parts):
+        last = place == len(parts) - 1
+        if part == "**":
+            out = out.removesuffix("/") + ("(?:/[^/]*)*" if out else "(?s:.*)") if last else out + "(?:[^/]*/)*"
+        elif "**" in part:
+            raise PatternError(f"pattern {pattern!r} has '**' inside a part; it stands for whole parts: 'a/**/b'")
+        else:
+            out += "".join({"*": "[^/]*", "?": "[^/]"}.get(char, re.escape(char)) for char in part)
+            out += "" if last else "/"
+    return out
 
 
 def matches(path: str, patterns: str | Iterable[str]) -> bool:

@@ -1,0 +1,92 @@
+"""Plain implementations that the kits compare with: attention in float64 NumPy, and a dense mixer in JAX."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+__all__ = ["ReferenceMixer", "attention"]
+
+
+def attention(
+    query: np.ndarray,
+    key: np.ndarray,
+    value: np.ndarray,
+    segment_ids: np.ndarray,
+    *,
+    scale: float,
+    window: int | None = None,
+) -> np.ndarray:
+    """Return causal attention within segments in float64, one query at a time.
+
+    Args:
+        query: ``[tokens, heads, key_dim]``, rows flattened with the batch outermost.
+        key: ``[tokens, kv_heads, key_dim]``; head h of `query` reads head ``h // (heads // kv_heads)``.
+        value: ``[tokens, kv_heads, value_dim]``.
+        segment_ids: ``[batch, time]``; a token sees earlier ones of its row and segment, and itself.
+        scale: factor of the logits.
+        window: how many last positions of the row a token sees, itself included; None for all.
+
+    Returns:
+        ``[tokens, heads, value_dim]``; 0 for padding (segment 0).
+    """
+    batch, time = segment_ids.shape
+    heads, group = query.shape[1], query.shape[1] // key.shape[1]
+    queries, keys, values = (np.asarray(x, np.float64).reshape(batch, time, *x.shape[1:]) for x in (query, key, value))
+    out = np.zeros((batch, time, heads, value.shape[2]))
+    for row, place, head in np.ndindex(batch, time, heads):
+        segment = segment_ids[row, place]
+        first = 0 if window is None else max(0, place + 1 - window)
+        seen = [other for other in range(first, place + 1) if segment_ids[row, other] == segment != 0]
+        if seen:
+            logits = scale * keys[row, seen, head // group] @ queries[row, place, head]
+            weights = np.exp(logits - logits.max())
+            out[row, place, head] = weights @ values[row, seen, head // group] / weights.sum()
+    return out.reshape(batch * time, heads, -1)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class ReferenceMixer:
+    """The dense mixer in its plainest form, in float32; quadratic in memory, for tests only.
+
+    Attributes:
+        segment_ids: int32 ``[batch, time]``, 0 for padding, whose output is 0.
+    """
+
+    segment_ids: Int[Array, "batch time"]
+
+    def attend(
+        self,
+        layer: int,  # noqa: ARG002 - the contract's; a dense mixer treats all layers alike
+        query: Float[Array, "tokens heads key_dim"],
+        key: Float[Array, "tokens kv_heads key_dim"],
+        value: Float[Array, "tokens kv_heads value_dim"],
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> tuple[Float[Array, "tokens heads value_dim"], "ReferenceMixer"]:
+        """Return causal attention within each segment, see `Mixer.attend`."""
+        batch, time = self.segment_ids.shape
+        group = query.shape[1] // key.shape[1]
+        q, k, v = (x.astype(jnp.float32).reshape(batch, time, *x.shape[1:]) for x in (query, key, value))
+        k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
+        logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest") * jnp.float32(scale)
+        age = jnp.arange(time)[:, None] - jnp.arange(time)[None, :]
+        seen = (age >= 0) & (age < (time if window is None else window))
+        same = self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
+        logits = jnp.where((seen & same)[:, None], logits, jnp.float32(-1e30))
+        out = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits, axis=-1), v, precision="highest")
+        out = jnp.where((self.segment_ids != 0)[:, :, None, None], out, jnp.float32(0))
+        return out.astype(value.dtype).reshape(batch * time, *out.shape[2:]), self
+
+    def attend_latent(self, *args: Any, **options: Any) -> Any:
+        """Not offered."""
+        raise NotImplementedError("ReferenceMixer does not offer attend_latent; use another mixer")
+
+    def recur(self, *args: Any, **options: Any) -> Any:
+        """Not offered."""
+        raise NotImplementedError("ReferenceMixer does not offer recur; use another mixer")
