@@ -23,7 +23,8 @@ def test_resume_drops_later_and_torn_lines(tmp_path, caplog):
     """Breaks when a resumed run repeats steps or stumbles over half a line."""
     text = '{"step": 1, "loss": 1.0}\n{"step": 2, "loss": 0.5}\n{"step": 3, "loss": 0.2}\n{"step": 4, "lo'
     (tmp_path / "metrics.jsonl").write_text(text)
-    JsonLines(tmp_path, resume=2).metrics(3, {"loss": float("nan")})
+    with JsonLines(tmp_path, resume=2) as sink:
+        sink.metrics(3, {"loss": float("nan")})
     lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3]
     assert json.loads(lines[2])["loss"] is None
@@ -31,7 +32,8 @@ def test_resume_drops_later_and_torn_lines(tmp_path, caplog):
 
 
 def test_an_existing_run_is_not_touched(tmp_path):
-    JsonLines(tmp_path).metrics(1, {"loss": 1.0})
+    with JsonLines(tmp_path) as sink:
+        sink.metrics(1, {"loss": 1.0})
     with pytest.raises(FileExistsError, match="resume=STEP"):
         JsonLines(tmp_path)
 

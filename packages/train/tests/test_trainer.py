@@ -24,6 +24,13 @@ from dovetail_train import (
 )
 
 
+@pytest.fixture(autouse=True)
+def _promotion():
+    """optax mixes int32 counts with floats; our own code is tested strictly in test_step."""
+    with jax.numpy_dtype_promotion("standard"):
+        yield
+
+
 class Memory:
     """A checkpointer in memory."""
 
@@ -62,16 +69,17 @@ def equal(a, b):
 def test_resumed_run_is_bitwise_the_uninterrupted_one(tmp_path):
     """Breaks when anything that a step depends on is missing from the checkpoint, or metrics repeat or get lost."""
     whole = trainer()
-    sink = JsonLines(tmp_path / "whole")
-    whole.fit(Batches(), 10, sinks=[sink])
+    with JsonLines(tmp_path / "whole") as sink:
+        whole.fit(Batches(), 10, sinks=[sink])
 
     store, loader, first = Memory(), Batches(), trainer()
-    sink = JsonLines(tmp_path / "parts")
-    assert first.fit(loader, 10, sinks=[sink], hooks=[Checkpoint(store, 3, loader)], stop=lambda step: step == 7) == 7
-    sink.close()
+    with JsonLines(tmp_path / "parts") as sink:
+        save = Checkpoint(store, 3, loader)
+        assert first.fit(loader, 10, sinks=[sink], hooks=[save], stop=lambda step: step == 7) == 7
     second, loader = trainer(), Batches()
     step = second.restore(store, data=loader, step=6)
-    second.fit(loader, 10, sinks=[JsonLines(tmp_path / "parts", resume=step)], hooks=[Checkpoint(store, 100, loader)])
+    with JsonLines(tmp_path / "parts", resume=step) as sink:
+        second.fit(loader, 10, sinks=[sink], hooks=[Checkpoint(store, 100, loader)])
     equal(whole.state, second.state)
     assert (tmp_path / "parts/metrics.jsonl").read_bytes() == (tmp_path / "whole/metrics.jsonl").read_bytes()
     assert store.steps() == [3, 6, 7, 10]
@@ -108,10 +116,10 @@ def test_timings_are_wall_times(tmp_path):
     """Breaks when dispatch is timed instead of execution: the sum of the steps must be the time that passed."""
     subject = trainer()
     subject.step(batch_of(0))
-    sink = JsonLines(tmp_path)
-    started = time.perf_counter()
-    subject.fit(Batches(), 41, sinks=[sink], throughput=Throughput(tokens=48, flops=10.0, peak=1000.0))
-    passed = time.perf_counter() - started
+    with JsonLines(tmp_path) as sink:
+        started = time.perf_counter()
+        subject.fit(Batches(), 41, sinks=[sink], throughput=Throughput(tokens=48, flops=10, peak=1000.0))
+        passed = time.perf_counter() - started
     rows = [json.loads(line) for line in (tmp_path / "timings.jsonl").read_text().splitlines()]
     assert len(rows) == 40
     assert sum(r["step_seconds"] for r in rows) == pytest.approx(passed, rel=0.2, abs=0.05)
@@ -127,7 +135,8 @@ def test_scalars_and_evaluation_join_the_metrics(tmp_path):
     batches = [batch_of(100), batch_of(101, rows=3)]
     hook = Evaluate(loss, lambda: batches, every=2, derive=lambda m: {"double": 2 * m["loss"]})
     subject = trainer()
-    subject.fit(Batches(), 3, sinks=[JsonLines(tmp_path)], hooks=[hook], scalars={"rate": lambda step: step / 10})
+    with JsonLines(tmp_path) as sink:
+        subject.fit(Batches(), 3, sinks=[sink], hooks=[hook], scalars={"rate": lambda step: step / 10})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [r["rate"] for r in rows if "rate" in r] == [0.1, 0.2, 0.3]
     valid = {r["step"]: r for r in rows if "valid/loss" in r}
@@ -142,7 +151,8 @@ def test_stopping_does_not_add_an_evaluation(tmp_path):
     """Breaks the byte-identity of a resumed run's metrics."""
     definition, _ = tiny()
     hook = Evaluate(jax.jit(next_token(definition)), lambda: [batch_of(9)], every=4)
-    trainer().fit(Batches(), 4, sinks=[JsonLines(tmp_path)], hooks=[hook], stop=lambda step: step == 2)
+    with JsonLines(tmp_path) as sink:
+        trainer().fit(Batches(), 4, sinks=[sink], hooks=[hook], stop=lambda step: step == 2)
     assert "valid" not in (tmp_path / "metrics.jsonl").read_text()
 
 

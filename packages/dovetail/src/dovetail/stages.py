@@ -4,8 +4,6 @@ import dataclasses
 import functools
 import json
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -197,12 +195,12 @@ class Pretraining:
             ),
             dovetail_train.Checkpoint(checkpoints, settings.checkpoint_every, loader),
         )
-        with TrainingBar(ui, first, settings.steps) as bar:
+        with dovetail_train.JsonLines(directory, resume=first) as lines, TrainingBar(ui, first, settings.steps) as bar:
             reached = self.trainer.fit(
                 loader,
                 settings.steps,
                 hooks=hooks,
-                sinks=[dovetail_train.JsonLines(directory, resume=first), bar],
+                sinks=[lines, bar],
                 throughput=self.throughput(),
                 scalars={"learning_rate": self.schedule},
                 stop=stop,
@@ -219,7 +217,7 @@ class Pretraining:
     def throughput(self) -> dovetail_train.Throughput:
         """Return tokens and operations of one step, and the machine's measured matmul rate."""
         flops = self.trainer.flops(self.train_plan.at(0))
-        peak = dovetail_profile.measure_matmul_rate() * jax.device_count()
+        peak = dovetail_profile.peak_flops() * jax.device_count()
         return dovetail_train.Throughput(self.settings.batch * self.settings.seq_len, flops, peak)
 
     def facts(self) -> list[tuple[str, str]]:
@@ -244,7 +242,7 @@ class Pretraining:
         lines = [json.loads(line) for line in (run / "timings.jsonl").read_text().splitlines()]
         median = {name: float(np.median([line[name] for line in lines])) for name in ("tokens_per_second", "mfu")}
         explanation = self.trainer.explain(self.train_plan.at(0))
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        peak = dovetail_profile.process_memory().peak_rss or 0
         return [
             ("throughput", f"{median['tokens_per_second']:,.0f} tokens per second"),
             ("of the matmul rate", f"{median['mfu']:.0%}"),

@@ -20,14 +20,14 @@ class Explanation:
         parameters: how many numbers are trained.
         parameter_bytes: their memory over all devices.
         optimizer_bytes: memory of the optimizer's state.
-        flops: floating-point operations of one step over all devices, loops counted exactly.
+        flops: floating-point operations in the matrix products of one step, over all devices, loops counted exactly.
         temporary_bytes: what XLA allocates while the step runs, per device.
     """
 
     parameters: int
     parameter_bytes: int
     optimizer_bytes: int
-    flops: float
+    flops: int
     temporary_bytes: int
 
     def __str__(self) -> str:
@@ -35,7 +35,7 @@ class Explanation:
         return (
             f"{self.parameters:,} parameters ({self.parameter_bytes / mib:.1f} MiB), "
             f"optimizer {self.optimizer_bytes / mib:.1f} MiB, temporary {self.temporary_bytes / mib:.1f} MiB, "
-            f"{self.flops / 1e9:.1f} GFLOP per step"
+            f"{self.flops / 1e9:.1f} GFLOP of products per step"
         )
 
 
@@ -45,8 +45,8 @@ def explain(step: Any, state: TrainState, batch: Any) -> Explanation:
         parameters=sum(math.prod(x.shape) for x in jax.tree.leaves(state.params)),
         parameter_bytes=_bytes(state.params),
         optimizer_bytes=_bytes(state.opt_state),
-        flops=float(cost(step, state, batch).flops),
-        temporary_bytes=memory(step.lower(state, batch).compile()).temporary_bytes,
+        flops=cost(step, state, batch).matmul_flops,
+        temporary_bytes=memory(step.lower(state, batch).compile()).temporaries,
     )
 
 

@@ -50,6 +50,12 @@ class JsonLines:
         finite = {name: float(v) if math.isfinite(v) else None for name, v in values.items()}
         self._files[which].write((json.dumps({"step": step, **finite}) + "\n").encode())
 
+    def __enter__(self) -> "JsonLines":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def close(self) -> None:
         """Close the files."""
         for file in self._files:

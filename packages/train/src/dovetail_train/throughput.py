@@ -11,8 +11,8 @@ class Throughput:
 
     Attributes:
         tokens: tokens per step, over all processes; None to report none.
-        flops: floating-point operations per step (`Trainer.explain`).
-        peak: operations per second of all devices together (`dovetail_profile.measure_matmul_rate` measures one).
+        flops: floating-point operations in the matrix products of a step (`Trainer.flops`).
+        peak: operations per second of all devices together (`dovetail_profile.peak_flops` knows one device).
     """
 
     tokens: int | None = None

@@ -97,9 +97,9 @@ class Trainer:
         """Compile the step for a batch and say what it holds and costs; takes no step."""
         return explain(self._step, self.state, self.put(batch))
 
-    def flops(self, batch: Any) -> float:
-        """Return the floating-point operations of one step over all devices, without compiling it."""
-        return float(cost(self._step, self.state, self.put(batch)).flops)
+    def flops(self, batch: Any) -> int:
+        """Return the floating-point operations in the matrix products of a step over all devices; compiles nothing."""
+        return cost(self._step, self.state, self.put(batch)).matmul_flops
 
     def restore(self, checkpointer: Checkpointer, *, data: Loader | None = None, step: int | None = None) -> int:
         """Put the state (and the loader) back to a saved step, by default the latest; return the step."""
