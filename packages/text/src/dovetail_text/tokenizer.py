@@ -116,9 +116,13 @@ class Tokenizer:
             files.Found(json.dumps(self._spec), self._eos_tokens, (), self._named, self._chat_template),
         )
 
-    @functools.cached_property
+    @property
     def vocab_size(self) -> int:
         """One more than the largest id."""
+        return self._size
+
+    @functools.cached_property
+    def _size(self) -> int:
         return max(self._vocab.values(), default=-1) + 1
 
     @property
@@ -132,9 +136,13 @@ class Tokenizer:
         name = self._named.get("bos_token")
         return None if name is None else self._vocab[name]
 
-    @functools.cached_property
+    @property
     def fingerprint(self) -> str:
         """A digest of what decides how text is encoded; file locations and chat templates do not enter."""
+        return self._digest
+
+    @functools.cached_property
+    def _digest(self) -> str:
         return spec.fingerprint_of(self._plain)
 
     @property
