@@ -10,8 +10,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
+from dovetail_kernels._manual import alike
 from dovetail_protocols import QuantizedArray
 
 __all__ = ["linear_cross_entropy"]
@@ -29,7 +30,7 @@ class _Head(NamedTuple):
 def linear_cross_entropy(
     hidden: Float[Array, "tokens features"],
     weight: Float[Array, "features vocab"] | QuantizedArray,
-    targets: Int[Array, " tokens"],
+    targets: Integer[Array, " tokens"],
     *,
     loss_weights: Float[Array, " tokens"] | None = None,
     bias: Float[Array, " vocab"] | None = None,
@@ -43,15 +44,15 @@ def linear_cross_entropy(
     Args:
         hidden: final hidden states.
         weight: unembedding; a QuantizedArray is used dequantized and gets no gradient.
-        targets: the right token of each row, in ``[0, vocab)``; rows of weight 0 may hold anything.
-        loss_weights: default 1 for every row.
+        targets: the right token of each row. One outside ``[0, vocab)`` makes the loss NaN.
+        loss_weights: default 1 for every row. A row of weight 0 may hold anything, NaN and wrong targets included.
         bias: added to the logits.
         softcap: logits become ``softcap * tanh(logits / softcap)``.
         chunk: rows per chunk; default so that a chunk has at most 4 million logits.
 
     Raises:
         ValueError: shapes that do not fit, `chunk` below 1, `softcap` not positive.
-        TypeError: targets are not integers.
+        TypeError: targets are not integers, or `hidden` not floats.
 
     >>> h, w = jnp.zeros((3, 2)), jnp.zeros((2, 8))
     >>> round(float(linear_cross_entropy(h, w, jnp.array([0, 1, 7]))) / 3, 4)  # the entropy of 8 equal classes
@@ -71,6 +72,7 @@ def linear_cross_entropy(
         return jnp.zeros((), jnp.float32)
     size = min(rows, chunk or max(1, CHUNK_LOGITS // vocab))
     size = -(-rows // -(-rows // size))  # equal chunks, so that little is padded
+    hidden, targets, loss_weights, weight, bias = alike(hidden, targets.astype(jnp.int32), loss_weights, weight, bias)
     padded = [_pad(x, -rows % size) for x in (hidden, targets, loss_weights)]
     return _loss(size, softcap, padded[0], _Head(weight, bias), padded[1], padded[2])
 
@@ -81,6 +83,8 @@ def _check(hidden: Any, weight: Any, targets: Any, loss_weights: Any, bias: Any)
             f"hidden {hidden.shape}, weight {weight.shape}; "
             "expected [tokens, features] and [features, vocab] with vocab > 0"
         )
+    if not jnp.issubdtype(hidden.dtype, jnp.floating):
+        raise TypeError(f"hidden has dtype {hidden.dtype}; expected a float")
     if not jnp.issubdtype(targets.dtype, jnp.integer):
         raise TypeError(f"targets have dtype {targets.dtype}; expected integers")
     for name, array, shape in (
@@ -99,14 +103,16 @@ def _pad(x: jax.Array, extra: int) -> jax.Array:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _loss(size: int, softcap: float | None, hidden: Any, head: _Head, targets: Any, weights: Any) -> jax.Array:
     def add(total: jax.Array, rows: Any) -> tuple[jax.Array, None]:
-        return total + _chunk(softcap, rows, head)[0], None
+        return total + _chunk(softcap, _live(rows), head)[0], None
 
-    return jax.lax.scan(add, jnp.zeros((), jnp.float32), _chunks(size, hidden, targets, weights))[0]
+    zero = jnp.zeros_like(weights, jnp.float32, shape=())
+    return jax.lax.scan(add, zero, _chunks(size, hidden, targets, weights))[0]
 
 
 def _forward_rule(size: int, softcap: float | None, hidden: Any, head: _Head, targets: Any, weights: Any) -> Any:
     def add(carry: Any, rows: Any) -> Any:
         total, d_head = carry
+        rows = _live(rows)
         loss, d_logits = _chunk(softcap, rows, head)
         d_logits = d_logits.astype(hidden.dtype)
         d_weight = jnp.einsum("td,tv->dv", rows[0], d_logits, preferred_element_type=jnp.float32)
@@ -114,12 +120,12 @@ def _forward_rule(size: int, softcap: float | None, hidden: Any, head: _Head, ta
         d_hidden = jnp.einsum("tv,dv->td", d_logits, head.weight.astype(hidden.dtype))
         return (total + loss, _Head(d_head.weight + d_weight, d_bias)), d_hidden
 
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, jnp.float32), head)
+    zero, zeros = jax.tree.map(lambda x: jnp.zeros_like(x, jnp.float32), (weights[0], head))
     chunks = _chunks(size, hidden, targets, weights)
     if chunks[0].shape[0] == 1:
-        (total, d_head), d_hidden = add((jnp.zeros((), jnp.float32), zeros), jax.tree.map(lambda x: x[0], chunks))
+        (total, d_head), d_hidden = add((zero, zeros), jax.tree.map(lambda x: x[0], chunks))
     else:
-        (total, d_head), d_hidden = jax.lax.scan(add, (jnp.zeros((), jnp.float32), zeros), chunks)
+        (total, d_head), d_hidden = jax.lax.scan(add, (zero, zeros), chunks)
     return total, (d_hidden.reshape(hidden.shape), jax.tree.map(lambda g, x: g.astype(x.dtype), d_head, head))
 
 
@@ -136,6 +142,13 @@ def _chunks(size: int, *rows: jax.Array) -> tuple[jax.Array, ...]:
     return tuple(x.reshape(-1, size, *x.shape[1:]) for x in rows)
 
 
+def _live(rows: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Replace what rows of weight 0 hold, so that not even NaN spreads from them."""
+    hidden, targets, weights = rows
+    live = weights != 0
+    return jnp.where(live[:, None], hidden, jnp.zeros((), hidden.dtype)), jnp.where(live, targets, 0), weights
+
+
 def _chunk(softcap: float | None, rows: Any, head: _Head) -> tuple[jax.Array, jax.Array]:
     """Return the summed loss of a chunk and its gradient with respect to the linear layer's output."""
     hidden, targets, weights = rows
@@ -147,11 +160,11 @@ def _chunk(softcap: float | None, rows: Any, head: _Head) -> tuple[jax.Array, ja
     p = jnp.exp(capped - peak)
     total = jnp.sum(p, axis=1, keepdims=True)
     right = jnp.take_along_axis(capped, targets[:, None], axis=1, mode="clip")
-    live = (weights != 0)[:, None]
-    scaled = weights.astype(jnp.float32)[:, None]
-    loss = jnp.sum(jnp.where(live, (peak + jnp.log(total) - right) * scaled, jnp.zeros((), jnp.float32)))
+    inside = (targets >= 0) & (targets < raw.shape[1])
+    scaled = jnp.where(inside, weights.astype(jnp.float32), jnp.nan)[:, None]
+    loss = jnp.sum((peak + jnp.log(total) - right) * scaled)
     is_target = targets[:, None] == jnp.arange(raw.shape[1], dtype=targets.dtype)
     gradient = (p / total - is_target.astype(jnp.float32)) * scaled
     if softcap is not None:
         gradient = gradient * (1 - (capped / softcap) ** 2)
-    return loss, jnp.where(live, gradient, jnp.zeros((), jnp.float32))
+    return loss, gradient
