@@ -136,7 +136,8 @@ class Plan:
     def at(self, step: int) -> "dovetail_protocols.LMBatch":
         """Return the batch of a step: NumPy arrays of shape ``[batch, seq_len]``.
 
-        Segments are numbered from 1 in each row; 0 is padding, which only the last batch of a finite plan has.
+        Segments are numbered from 1 in each row; 0 is padding, which only the last batch of a finite plan has. `tokens`
+        and `targets` are read-only views of the same memory.
 
         Raises:
             IndexError: `step` is negative or past the end of a finite plan.

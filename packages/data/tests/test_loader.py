@@ -1,0 +1,270 @@
+"""The loader: the plan's batches, whatever prefetches, saves and shares them."""
+
+import json
+import threading
+import time
+
+import grain
+import numpy as np
+import pytest
+from data_toys import Arrays
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dovetail_data import plan
+from dovetail_protocols.testing import check_host_split, check_loader, check_loader_follows_plan
+
+OPTIONS = {"seq_len": 6, "batch": 24}
+
+
+@pytest.fixture
+def made(source):
+    return plan(source, **OPTIONS, seed=0)
+
+
+def take(iterator, count):
+    return [next(iterator) for _ in range(count)]
+
+
+def our_threads():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("dovetail-data")]
+
+
+@pytest.mark.parametrize("prefetch", [0, 1, 2, 5])
+def test_prefetch_never_changes_the_data(made, prefetch):
+    """Settings for speed must not decide what is learned (defect 2 of the peers)."""
+    iterator = iter(made.loader(start_step=3, prefetch=prefetch))
+    for step, batch in enumerate(take(iterator, 6), 3):
+        np.testing.assert_equal(batch, made.at(step))
+    iterator.close()
+
+
+def test_the_conformance_kit_accepts_it(source, made):
+    """Whatever the trainer and the checkpointer rely on, with threads running ahead."""
+    other = plan(source, **OPTIONS, seed=1)
+    for prefetch in (0, 3):
+        check_loader(lambda p=prefetch: iter(made.loader(prefetch=p)), make_other=lambda: iter(other.loader()))
+    check_loader_follows_plan(lambda: iter(made.loader()), made)
+
+
+@pytest.mark.parametrize("counts", [(1, 2, 3, 4, 6, 8, 24)])
+def test_the_union_over_processes_is_the_plans_batch(made, counts):
+    """Another number of processes must train on the same data."""
+    check_host_split(lambda i, n: iter(made.loader(process_index=i, process_count=n, prefetch=0)), made, counts=counts)
+
+
+def test_a_state_of_four_processes_continues_on_any_number(made):
+    """Elastic restart (defect 4): the state is the same for every process and says nothing of their number."""
+    states = []
+    for index in range(4):
+        iterator = iter(made.loader(process_index=index, process_count=4))
+        take(iterator, 5)
+        states.append(json.loads(json.dumps(iterator.get_state())))
+        iterator.close()
+    assert all(state == states[0] for state in states)
+    for count in (1, 2, 3, 8):
+        parts = []
+        for index in range(count):
+            iterator = iter(made.loader(process_index=index, process_count=count, prefetch=0))
+            iterator.set_state(states[0])
+            parts.append(next(iterator))
+        for name in ("tokens", "targets", "loss_weights", "positions", "segment_ids"):
+            joined = np.concatenate([getattr(part, name) for part in parts])
+            np.testing.assert_array_equal(joined, getattr(made.at(5), name))
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.lists(st.tuples(st.sampled_from(["next", "save", "restore"]), st.integers(0, 5)), max_size=25))
+def test_any_sequence_of_saves_and_restores_continues_the_same_stream(actions):
+    """A model of the loader: one number."""
+    made = plan(Arrays([5, 3, 8, 1]), seq_len=3, batch=2, seed=0)
+    iterator, step, saved = iter(made.loader(prefetch=2)), 0, [(0, {"step": 0, "fingerprint": made.fingerprint})]
+    for action, index in actions:
+        if action == "next":
+            np.testing.assert_equal(next(iterator), made.at(step))
+            step += 1
+        elif action == "save":
+            saved.append((step, iterator.get_state()))
+        else:
+            step, state = saved[index % len(saved)]
+            iterator.set_state(state)
+        assert iterator.get_state()["step"] == step
+    iterator.close()
+
+
+@pytest.mark.parametrize("prefetch", [0, 2])
+def test_grains_own_checkpoint_assertion_passes(source, prefetch):
+    """The peer's definition of a checkpointable dataset."""
+    finite = plan(source, seq_len=6, batch=4, seed=0, epochs=1)
+    grain.experimental.assert_equal_output_after_checkpoint(finite.loader(prefetch=prefetch))
+
+
+def test_it_composes_with_grain(made):
+    """Users' transformations go on working, and their iterators carry our state."""
+    doubled = made.loader().map(lambda batch: batch.tokens * 2)
+    iterator = iter(doubled)
+    assert isinstance(made.loader(), grain.IterDataset)
+    assert isinstance(iter(made.loader()), grain.DatasetIterator)
+    for step in range(3):
+        np.testing.assert_array_equal(next(iterator), made.at(step).tokens * 2)
+    state = iterator.get_state()
+    again = iter(doubled)
+    again.set_state(state)
+    np.testing.assert_array_equal(next(again), made.at(3).tokens * 2)
+    limited = grain.experimental.LimitIterDataset(made.loader(), count=2)
+    assert len(list(limited)) == 2
+    iterator.close()
+    again.close()
+
+
+def test_a_finite_plan_ends_and_stays_ended(source):
+    """Prefetch must not run past the end."""
+    finite = plan(source, seq_len=6, batch=4, seed=0, epochs=1)
+    iterator = iter(finite.loader(prefetch=4))
+    assert len(list(iterator)) == finite.steps
+    with pytest.raises(StopIteration):
+        next(iterator)
+    state = iterator.get_state()
+    assert state["step"] == finite.steps
+    other = iter(finite.loader())
+    other.set_state(state)
+    assert list(other) == []
+    assert list(finite.loader(start_step=finite.steps)) == []
+
+
+@pytest.mark.parametrize("end", ["close", "error", "garbage"])
+def test_no_thread_is_left_behind(source, made, end):
+    """Leaked threads keep caches open and end in hangs (defect 10)."""
+    before = len(our_threads())
+    iterator = iter(made.loader(prefetch=3))
+    next(iterator)
+    assert len(our_threads()) > before
+    if end == "error":
+        with pytest.raises(ValueError, match="another plan"):
+            iterator.set_state({"step": 0, "fingerprint": plan(source, **OPTIONS, seed=9).fingerprint})
+    if end == "garbage":
+        del iterator
+    else:
+        iterator.close()
+        iterator.close()
+        with pytest.raises(ValueError, match="is closed"):
+            next(iterator)
+    deadline = time.monotonic() + 10
+    while len(our_threads()) > before:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_an_error_while_reading_reaches_the_consumer_and_can_be_retried():
+    """A storage hiccup in a prefetching thread must neither vanish nor shift the data."""
+
+    class Flaky(Arrays):
+        fails = 0
+
+        def gather(self, documents, starts, stops):
+            if self.fails and threading.current_thread().name.startswith("dovetail-data"):
+                Flaky.fails -= 1
+                raise OSError("storage is away")
+            return super().gather(documents, starts, stops)
+
+    made = plan(Flaky([50, 60]), seq_len=4, batch=2, seed=0)
+    iterator = iter(made.loader(prefetch=1))
+    next(iterator)
+    Flaky.fails = 4
+    raised = 0
+    step = 1
+    while step < 8:
+        try:
+            batch = next(iterator)
+        except OSError:
+            raised += 1
+            continue
+        np.testing.assert_equal(batch, made.at(step))
+        step += 1
+    assert raised
+    iterator.close()
+
+
+def test_prefetch_starts_early_when_asked(made):
+    """Grain's start_prefetch hides the first batches behind the restoring of the model."""
+    iterator = iter(made.loader(prefetch=2))
+    iterator.start_prefetch()
+    iterator.start_prefetch()
+    assert our_threads()
+    assert iterator.get_state()["step"] == 0
+    np.testing.assert_equal(next(iterator), made.at(0))
+    iterator.close()
+
+
+DIFFERENT = [
+    ({"seed": 1}, "seed is 0 there and 1 here"),
+    ({"seq_len": 7}, "seq_len is 6 there and 7 here"),
+    ({"batch": 12}, "batch is 24 there and 12 here"),
+    ({"positions": "continue"}, "positions is restart there and continue here"),
+    ({"across_documents": True}, "across_documents is False there and True here"),
+]
+
+
+@pytest.mark.parametrize(("change", "message"), DIFFERENT)
+def test_a_state_of_another_plan_is_refused_and_the_difference_named(source, made, change, message):
+    """A silently different stream is the worst outcome of a restart."""
+    state = iter(made.loader()).get_state()
+    other = plan(source, **({**OPTIONS, "seed": 0} | change))
+    with pytest.raises(ValueError, match=message):
+        iter(other.loader()).set_state(state)
+
+
+def test_a_state_of_other_data_is_refused(source, made):
+    """The corpus changed by a byte: the same step is other text."""
+    state = iter(made.loader()).get_state()
+    other = plan(Arrays(source.lengths, "changed"), **OPTIONS, seed=0)
+    with pytest.raises(ValueError, match="data is arrays there and changed here"):
+        iter(other.loader()).set_state(state)
+
+
+def test_skip_ranges_can_be_added_after_a_save_but_not_before_it(source):
+    """Saved at step 10, spike at step 12: leave 11 to 14 out and go on. What lies before must be as it was."""
+    plans = {text: plan(source, **OPTIONS, seed=0, skip=text) for text in (((2, 4),), ((2, 4), (12, 15)), ((5, 7),))}
+    first, later, other = plans.values()
+    iterator = iter(first.loader(prefetch=0, start_step=10))
+    state = iterator.get_state()
+    again = iter(later.loader(prefetch=0))
+    again.set_state(state)
+    np.testing.assert_equal(next(again), plan(source, **OPTIONS, seed=0).at(15))
+    with pytest.raises(ValueError, match="left out the steps 2-4 and this plan leaves out 5-7"):
+        iter(other.loader()).set_state(state)
+    state = {**state, "step": 11}
+    with pytest.raises(ValueError, match="ranges that begin before step 13 must be the same"):
+        iter(later.loader()).set_state(state)
+
+
+@pytest.mark.parametrize("state", [None, {}, {"step": 1}, {"step": 1, "fingerprint": "x"}, {"position": 1}])
+def test_what_is_no_state_is_refused(made, state, untyped):
+    """States come from files, also of other tools."""
+    with pytest.raises(ValueError, match=r"expected|another plan"):
+        iter(made.loader()).set_state(state)
+
+
+@pytest.mark.parametrize("step", [-1, 1.5, "1", None])
+def test_a_state_with_a_wrong_step_is_refused(made, step):
+    """A position is a whole number."""
+    state = iter(made.loader()).get_state() | {"step": step}
+    with pytest.raises(ValueError, match="expected"):
+        iter(made.loader()).set_state(state)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"process_count": 5}, "process_count=5; expected a divisor of the batch of 24 rows"),
+        ({"process_count": 0}, "process_count=0"),
+        ({"process_count": 2, "process_index": 2}, "process_index=2; expected 0 to 1"),
+        ({"process_index": -1}, "process_index=-1"),
+        ({"prefetch": -1}, "prefetch=-1"),
+        ({"start_step": -1}, "start_step=-1"),
+    ],
+)
+def test_wrong_options_are_refused(made, options, message):
+    """An uneven share would drop rows."""
+    with pytest.raises(ValueError, match=message):
+        made.loader(**options)
