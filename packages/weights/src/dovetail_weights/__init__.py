@@ -1,1 +1,32 @@
 """Streaming safetensors in and out, with declarative reversible maps."""
+
+from dovetail_weights.errors import WeightsError
+from dovetail_weights.lazy import Lazy
+from dovetail_weights.maps import Group, Rule, WeightMap
+from dovetail_weights.reading import Directory, SafetensorsFile, open_directory
+from dovetail_weights.transfer import load, save
+from dovetail_weights.transforms import Cast, Concat, Reshape, Split, Stack, Transform, Transpose, Unstack
+from dovetail_weights.writing import digest, write_directory
+
+__all__ = [
+    "Cast",
+    "Concat",
+    "Directory",
+    "Group",
+    "Lazy",
+    "Reshape",
+    "Rule",
+    "SafetensorsFile",
+    "Split",
+    "Stack",
+    "Transform",
+    "Transpose",
+    "Unstack",
+    "WeightMap",
+    "WeightsError",
+    "digest",
+    "load",
+    "open_directory",
+    "save",
+    "write_directory",
+]

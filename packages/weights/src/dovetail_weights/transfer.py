@@ -1,0 +1,162 @@
+"""Between a directory of safetensors and a model's tree, one tensor at a time."""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from dovetail_protocols import paths
+from dovetail_weights import dtypes
+from dovetail_weights.errors import WeightsError, listing, nearest
+from dovetail_weights.lazy import Lazy
+from dovetail_weights.maps import Group, WeightMap
+from dovetail_weights.reading import Directory, open_directory
+from dovetail_weights.writing import write_directory
+
+__all__ = ["load", "save"]
+
+
+def load(
+    directory: str | pathlib.Path | Directory,
+    weight_map: WeightMap,
+    like: Any,
+    *,
+    shardings: Any = None,
+    dtype: Any = None,
+    ignore: Sequence[str] = (),
+) -> Any:
+    """Return a tree like `like` with the values of a checkpoint.
+
+    All names and shapes are checked before the first tensor is read. Tensors are read one after the other, each
+    device's part alone where the leaf is sharded over several, and cast to the leaf's dtype (floats to floats only).
+
+    Args:
+        directory: a directory or file, or what `open_directory` returned.
+        weight_map: rules between the tree's addresses and the checkpoint's names.
+        like: a pytree of arrays or ``jax.ShapeDtypeStruct``.
+        shardings: one sharding, or a pytree of them like `like`; by default those of `like`'s leaves.
+        dtype: a floating-point dtype for every floating-point leaf, in place of `like`'s.
+        ignore: globs over checkpoint names that no leaf needs (``"*.rotary_emb.inv_freq"``).
+
+    Raises:
+        WeightsError: tensors are missing or unexpected, shapes or kinds of dtype differ, or the map does not fit; the
+            message lists all of them.
+        FileNotFoundError: there is no such directory or shard.
+    """
+    source = directory if isinstance(directory, Directory) else open_directory(directory)
+    leaves = paths.flatten(like)
+    targets = {address: _target(address, leaf, dtype) for address, leaf in leaves.items()}
+    narrow = [a for a, t in targets.items() if jax.dtypes.canonicalize_dtype(t.dtype) != t.dtype]
+    if narrow:
+        raise WeightsError(
+            f"these leaves have 64 bits, which jax narrows; set jax_enable_x64 or pass dtype:{listing(narrow)}"
+        )
+    groups = weight_map.groups(leaves)
+    _check(source, groups, targets, ignore)
+    places = _places(leaves, like, shardings)
+    loaded: dict[str, jax.Array] = {}
+    for group in groups:
+        parts = group.to_ours([source[name] for name in group.names])
+        for address, part in zip(group.addresses, parts, strict=True):
+            loaded[address] = _place(part, targets[address].dtype, places[address])
+    return jax.tree.unflatten(jax.tree.structure(like), [loaded[address] for address in leaves])
+
+
+def save(
+    directory: str | pathlib.Path, weight_map: WeightMap, tree: Any, *, dtype: Any = None, **options: Any
+) -> pathlib.Path:
+    """Write a tree under a checkpoint's names and return the directory; see `write_directory` for `options`.
+
+    Args:
+        directory: the directory to make.
+        weight_map: rules between the tree's addresses and the checkpoint's names.
+        tree: a pytree of arrays, all of whose parts are on this process's devices.
+        dtype: a floating-point dtype for every floating-point leaf, in place of its own.
+        options: `max_shard_bytes`, `metadata`, `extra_files` and `overwrite`.
+
+    Raises:
+        WeightsError: the map does not fit, or a leaf cannot be stored.
+        FileExistsError: the directory exists and `overwrite` is not set.
+    """
+    leaves = paths.flatten(tree)
+    lazies = {address: _lazy_leaf(address, leaf, dtype) for address, leaf in leaves.items()}
+    tensors: dict[str, Lazy] = {}
+    for group in weight_map.groups(leaves):
+        made = group.to_theirs([lazies[address] for address in group.addresses])
+        tensors |= zip(group.names, made, strict=True)
+    return write_directory(directory, tensors, **options)
+
+
+def _target(address: str, leaf: Any, dtype: Any) -> Lazy:
+    """Return shape and dtype that a leaf is to have."""
+    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+        raise WeightsError(f"leaf {address} is {leaf!r:.60}; expected an array or a jax.ShapeDtypeStruct")
+    dtypes.code_of(leaf.dtype)
+    if dtype is not None and not dtypes.is_float(dtype):
+        raise WeightsError(f"dtype is {dtype}; expected a floating-point dtype")
+    target = np.dtype(dtype if dtype is not None and dtypes.is_float(leaf.dtype) else leaf.dtype)
+    return Lazy(tuple(leaf.shape), target, lambda _: np.empty(0))
+
+
+def _check(source: Directory, groups: Sequence[Group], targets: Mapping[str, Lazy], ignore: Sequence[str]) -> None:
+    errors: list[str] = []
+    used = {name for group in groups for name in group.names}
+    unexpected = [name for name in source if name not in used and not paths.matches(name, ignore)]
+    for group in groups:
+        expected = group.to_theirs([targets[address] for address in group.addresses])
+        for name, want in zip(group.names, expected, strict=True):
+            if name not in source:
+                errors.append(f"{name}: missing; the nearest are: {nearest(name, unexpected or list(source))}")
+            elif source[name].shape != want.shape:
+                errors.append(f"{name}: has shape {source[name].shape}, {group.addresses[0]} needs {want.shape}")
+            elif not dtypes.same_kind(source[name].dtype, want.dtype):
+                errors.append(f"{name}: is {source[name].dtype}, {group.addresses[0]} needs {want.dtype}")
+    errors += [f"{name}: unexpected; add it to ignore, or a rule and a leaf for it" for name in unexpected]
+    if errors:
+        raise WeightsError(f"the checkpoint does not fit the tree:{listing(errors)}")
+
+
+def _places(leaves: Mapping[str, Any], like: Any, shardings: Any) -> dict[str, Any]:
+    if shardings is None:
+        return {address: getattr(leaf, "sharding", None) for address, leaf in leaves.items()}
+    if isinstance(shardings, jax.sharding.Sharding):
+        return dict.fromkeys(leaves, shardings)
+    given = jax.tree.leaves(shardings, is_leaf=lambda x: x is None or isinstance(x, jax.sharding.Sharding))
+    if len(given) != len(leaves):
+        raise WeightsError(
+            f"shardings has {len(given)} leaves, the tree {len(leaves)} ({jax.tree.structure(like)}); "
+            "expected one sharding, or one for each leaf"
+        )
+    return dict(zip(leaves, given, strict=True))
+
+
+def _place(part: Lazy, dtype: np.dtype[Any], sharding: Any) -> jax.Array:
+    """Bring a lazy array to the devices and wait, so that its memory on the host is free before the next."""
+
+    def copy(index: Any) -> np.ndarray[Any, Any]:
+        value = part.read(index)
+        mine = value.flags.writeable  # a view of the file is not, and must not outlive it
+        return np.array(value, dtype=dtype, order="C", copy=None if mine else True)
+
+    if sharding is None or len(sharding.device_set) == 1:
+        return jax.block_until_ready(jax.device_put(copy(()), sharding))
+    return jax.block_until_ready(jax.make_array_from_callback(part.shape, sharding, copy))
+
+
+def _lazy_leaf(address: str, leaf: Any, dtype: Any) -> Lazy:
+    target = _target(address, leaf, dtype)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        raise WeightsError(f"leaf {address} is {leaf}, which has no values; expected an array")
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        raise WeightsError(f"leaf {address} is spread over other processes; gather it before saving")
+    return Lazy(target.shape, target.dtype, lambda index: _on_host(leaf, index).astype(target.dtype, copy=False))
+
+
+def _on_host(leaf: Any, index: Any) -> np.ndarray[Any, Any]:
+    """Return a part of a leaf; jax keeps no copy of it on the host."""
+    on_cpu = isinstance(leaf, jax.Array) and {d.platform for d in leaf.devices()} == {"cpu"}
+    if not isinstance(leaf, jax.Array) or (on_cpu and len(leaf.devices()) == 1):
+        return np.asarray(leaf)[index]
+    return np.asarray(jax.lax.slice(leaf, [s.start for s in index], [s.stop for s in index]))
