@@ -149,6 +149,21 @@ def test_weak_levels_fall_back_when_orbax_cannot_read(original, tmp_path, level)
         Manager(root, verify=level).restore(data=Counter(), step=5)
 
 
+@pytest.mark.parametrize("level", ["full", "sizes", "off"])
+def test_a_directory_that_cannot_be_written_still_falls_back(original, tmp_path, level, monkeypatch, caplog):
+    """A reader without the right to rename must neither fail nor try the bad step for ever."""
+    root = copy(original, tmp_path)
+    zeros(root / "6" / "state" / "_METADATA", None)
+
+    def refuse(*_):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(os, "rename", refuse)
+    assert Manager(root, verify=level).restore().step == 5
+    assert "it could not be renamed" in caplog.text
+    assert Manager(root).steps() == [5, 6]
+
+
 def test_fallback_walks_down_and_says_so(original, tmp_path, caplog):
     """One warning per bad step, with the file; when none is left the error names the newest one's."""
     root = copy(original, tmp_path)

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import resource
 import threading
 import time
 import tracemalloc
@@ -125,6 +126,27 @@ def test_a_failure_in_the_background_surfaces_once_and_leaves_no_step(tmp_path, 
     manager.save(3, expected(3))
     manager.close()
     assert manager.steps() == [3]
+
+
+def test_a_write_that_fails_in_orbax_surfaces_in_one_line(tmp_path):
+    """A real failure of the array store: files may not grow beyond 200 kB."""
+    manager = Manager(tmp_path)
+    manager.save(1, expected(1))
+    manager.wait()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, hard))
+    try:
+        manager.save(2, {"x": np.ones(1 << 18)})
+        with pytest.raises(OSError, match="arrays could not be written") as caught:
+            manager.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert len(str(caught.value)) < 400
+    assert manager.steps() == [1]
+    assert not list(tmp_path.glob(".tmp-*"))
+    manager.save(2, {"x": np.ones(1 << 18)})
+    manager.close()
+    assert manager.steps() == [1, 2]
 
 
 def test_close_raises_what_the_last_save_raised(tmp_path):

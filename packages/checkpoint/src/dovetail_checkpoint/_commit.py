@@ -113,7 +113,7 @@ def _delete_old(job: Job, keep: Policy, metrics: dict[int, Mapping[str, float]],
                 _LOG.warning("step %d is not counted by the keep policy, nor deleted: %s", step, error)
                 continue
         history.append(Committed(step, metrics[step]))
-    stay = keep.kept(history) | {job.step, history[-1].step}
+    stay = keep.kept(history) | {job.step, max((entry.step for entry in history), default=job.step)}
     for entry in history:
         if entry.step not in stay:
             fault("delete")

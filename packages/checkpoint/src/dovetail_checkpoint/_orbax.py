@@ -27,8 +27,16 @@ class Pending:
         self._response = response
 
     def wait(self) -> None:
-        """Return when Orbax has finalised its directory, on all processes; raise what the writing raised."""
-        self._response.result()
+        """Return when Orbax has finalised its directory, on all processes.
+
+        Raises:
+            OSError: the writing failed; the message is the beginning of the array store's, which runs to pages.
+        """
+        try:
+            self._response.result()
+        except Exception as error:
+            reason = str(error).partition("[tensorstore_spec")[0][:300].strip()
+            raise OSError(f"the arrays could not be written: {reason or type(error).__name__}") from error
 
 
 def nest(arrays: dict[str, Any]) -> dict[str, Any]:

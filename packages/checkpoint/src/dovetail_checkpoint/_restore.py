@@ -16,14 +16,14 @@ from dovetail_checkpoint.manifest import DATA, Manifest, verify
 __all__ = ["choose", "load"]
 
 
-def choose(root: Path, step: int | None, level: Literal["full", "sizes", "off"], on_corrupt: str) -> int:
-    """Return the step to restore: the one asked for, or the newest that passes the verification.
+def choose(root: Path, step: int | None, level: Literal["full", "sizes", "off"], on_corrupt: str, below: float) -> int:
+    """Return the step to restore: the one asked for, or the newest one smaller than `below` that passes.
 
     Raises:
         FileNotFoundError: there is no such step.
         CorruptCheckpointError: it is bad, or all are.
     """
-    available = _files.steps(root)
+    available = [number for number in _files.steps(root) if number < below]
     if step is not None and step not in available:
         raise FileNotFoundError(f"there is no step {step} in {root}; the last ones are {available[-5:]}")
     if not available:

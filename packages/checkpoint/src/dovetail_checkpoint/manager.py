@@ -5,6 +5,7 @@ In the background (`_commit`) the arrays are written and digested, and one renam
 """
 
 import logging
+import math
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -131,7 +132,8 @@ class Manager:
         try:
             pending = _orbax.save_async(job.written, _orbax.nest(arrays), compress=self._compress)
         except BaseException:
-            _files.discard_quietly(staging)
+            if _multihost.is_primary():
+                _files.discard_quietly(staging)
             raise
         self._thread = threading.Thread(target=self._finish, args=(job, pending), name=f"save-{number}")
         self._thread.start()
@@ -182,8 +184,11 @@ class Manager:
         self._join()
         explicit = None if step is None else _number(step)
         on_corrupt = "error" if explicit is not None else self._on_corrupt
+        below = math.inf
         while True:
-            number: int = _multihost.decide(lambda: _restore.choose(self.path, explicit, self._verify, on_corrupt))
+            number: int = _multihost.decide(
+                lambda below=below: _restore.choose(self.path, explicit, self._verify, on_corrupt, below)
+            )
             try:
                 state, manifest, position = _restore.load(self.path / str(number), like, data is not None)
                 break
@@ -191,6 +196,7 @@ class Manager:
                 if self._verify == "full":
                     raise
                 self._after_failed_load(number, on_corrupt, error)
+                below = number
         if data is not None:
             data.set_state(position)
         return Restored(step=number, state=state, meta=manifest.meta)
