@@ -251,6 +251,23 @@ def test_memory() -> None:
     assert analysis.temp_size_in_bytes < rows * vocab * 4 / 10
 
 
+def test_devices_share_the_chunks() -> None:
+    """With rows over devices each computes its share of every chunk's logits, not all of them."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    gradient = jax.jit(jax.grad(functools.partial(linear_cross_entropy, chunk=64), argnums=(0, 1)))
+
+    def flops(rows: NamedSharding, whole: NamedSharding) -> float:
+        shapes = (
+            jax.ShapeDtypeStruct((1024, 16), jnp.float32, sharding=rows),
+            jax.ShapeDtypeStruct((16, 100), jnp.float32, sharding=whole),
+            jax.ShapeDtypeStruct((1024,), jnp.int32, sharding=rows),
+        )
+        return gradient.lower(*shapes).compile().cost_analysis()["flops"]
+
+    whole = NamedSharding(mesh, PartitionSpec())
+    assert flops(NamedSharding(mesh, PartitionSpec("data")), whole) < flops(whole, whole) / 6
+
+
 H, W, Y = jnp.ones((4, 3)), jnp.ones((3, 5)), jnp.zeros((4,), jnp.int32)
 BAD: list[tuple[str, Any, dict[str, Any], Any, str]] = [
     ("rank", (H[0], W, Y), {}, ValueError, r"hidden \(3,\)"),

@@ -72,9 +72,9 @@ def linear_cross_entropy(
         return jnp.zeros((), jnp.float32)
     size = min(rows, chunk or max(1, CHUNK_LOGITS // vocab))
     size = -(-rows // -(-rows // size))  # equal chunks, so that little is padded
-    hidden, targets, loss_weights, weight, bias = alike(hidden, targets.astype(jnp.int32), loss_weights, weight, bias)
+    *head, hidden, targets, loss_weights = alike(weight, bias, hidden, targets.astype(jnp.int32), loss_weights)
     padded = [_pad(x, -rows % size) for x in (hidden, targets, loss_weights)]
-    return _loss(size, softcap, padded[0], _Head(weight, bias), padded[1], padded[2])
+    return _loss(size, softcap, padded[0], _Head(*head), padded[1], padded[2])
 
 
 def _check(hidden: Any, weight: Any, targets: Any, loss_weights: Any, bias: Any) -> None:
@@ -96,7 +96,7 @@ def _check(hidden: Any, weight: Any, targets: Any, loss_weights: Any, bias: Any)
             raise ValueError(f"{name} has shape {array.shape}; expected {shape}")
 
 
-def _pad(x: jax.Array, extra: int) -> jax.Array:
+def _pad(x: Any, extra: int) -> jax.Array:
     return jnp.pad(x, [(0, extra)] + [(0, 0)] * (x.ndim - 1)) if extra else x
 
 
@@ -124,9 +124,13 @@ def _forward_rule(size: int, softcap: float | None, hidden: Any, head: _Head, ta
     chunks = _chunks(size, hidden, targets, weights)
     if chunks[0].shape[0] == 1:
         (total, d_head), d_hidden = add((zero, zeros), jax.tree.map(lambda x: x[0], chunks))
+        d_hidden = d_hidden[None]
     else:
         (total, d_head), d_hidden = jax.lax.scan(add, (zero, zeros), chunks)
-    return total, (d_hidden.reshape(hidden.shape), jax.tree.map(lambda g, x: g.astype(x.dtype), d_head, head))
+    return total, (
+        d_hidden.swapaxes(0, 1).reshape(hidden.shape),
+        jax.tree.map(lambda g, x: g.astype(x.dtype), d_head, head),
+    )
 
 
 def _backward_rule(size: int, softcap: float | None, saved: Any, d_total: jax.Array) -> tuple[Any, ...]:
@@ -139,7 +143,8 @@ _loss.defvjp(_forward_rule, _backward_rule)
 
 
 def _chunks(size: int, *rows: jax.Array) -> tuple[jax.Array, ...]:
-    return tuple(x.reshape(-1, size, *x.shape[1:]) for x in rows)
+    """Split rows into ``[chunks, size, ...]``, row i into chunk ``i % chunks``: sharded rows leave no device idle."""
+    return tuple(x.reshape(size, -1, *x.shape[1:]).swapaxes(0, 1) for x in rows)
 
 
 def _live(rows: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
