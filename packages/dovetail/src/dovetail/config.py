@@ -62,7 +62,7 @@ def build(kind: type[T], values: Any, where: str = "configuration") -> T:
     try:
         return converter.structure(values, kind)
     except Exception as error:
-        reasons = "; ".join(cattrs.transform_error(error, path=where))
+        reasons = "; ".join(cattrs.transform_error(error, path=where, format_exception=lambda e, _: str(e)))
         raise ConfigError(reasons) from error
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from dovetail_protocols import CommandError
 
@@ -71,7 +71,7 @@ class Quickstart:
         given = {"corpus": self.corpus, "seed": self.seed, "steps": self.steps}
         recorded = directory.load()
         if recorded is not None:
-            chosen = {name: value for name, value in given.items() if value}
+            chosen: dict[str, Any] = {name: value for name, value in given.items() if value}
             if self.preset != "small":
                 chosen["model"] = PRESETS[self.preset].model
             return unchanged(recorded[0], chosen)

@@ -44,7 +44,7 @@ def environment() -> dict[str, str]:
 
 def open_corpus(settings: Settings) -> dovetail_data.Corpus:
     """Return the user's corpus, or the standard library's sources."""
-    return dovetail_data.open_corpus(settings.corpus) if settings.corpus else dovetail_data.python_corpus()
+    return dovetail_data.open_corpus(*settings.corpus) if settings.corpus else dovetail_data.python_corpus()
 
 
 def tokenizer_for(settings: Settings, corpus: dovetail_data.Corpus, directory: Path, ui: UI) -> dovetail_text.Tokenizer:
@@ -123,7 +123,7 @@ class Pretraining:
         self.trainer = dovetail_train.Trainer(
             params,
             loss,
-            self._optimizer(params),
+            self._optimizer(),
             accumulate=settings.accumulate,
             mesh=mesh,
             rules=None if mesh is None else dovetail_runtime.DATA,
@@ -152,11 +152,10 @@ class Pretraining:
         warmup, decay = round(steps * options.warmup), round(steps * options.decay)
         return dovetail_optim.wsd(options.learning_rate, steps, warmup=warmup, decay=decay)
 
-    def _optimizer(self, params: Any) -> Any:
+    def _optimizer(self) -> Any:
         options = self.settings.optimizer
         return dovetail_optim.adamw(
             self.schedule,
-            params,
             b2=options.beta2,
             weight_decay=options.weight_decay,
             clip_norm=options.clip_norm,
