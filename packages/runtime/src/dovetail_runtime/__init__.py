@@ -1,7 +1,7 @@
 """Meshes, logical sharding rules, process bootstrap and the preemption flag."""
 
 from dovetail_runtime.batches import batch_sharding, put_batch
-from dovetail_runtime.bootstrap import Process, initialize, shutdown
+from dovetail_runtime.bootstrap import Process, barrier, initialize, shutdown
 from dovetail_runtime.context import constrain, current, use
 from dovetail_runtime.mesh import mesh
 from dovetail_runtime.preempt import PreemptionFlag, preemption
@@ -23,6 +23,7 @@ __all__ = [
     "Rules",
     "ShardingError",
     "Table",
+    "barrier",
     "batch_sharding",
     "constrain",
     "current",

@@ -10,7 +10,7 @@ import jax
 
 from dovetail_runtime._jaxcompat import distributed_settings
 
-__all__ = ["Process", "initialize", "shutdown"]
+__all__ = ["Process", "barrier", "initialize", "shutdown"]
 
 _VARIABLES = {
     "coordinator": "JAX_COORDINATOR_ADDRESS",
@@ -172,3 +172,17 @@ def _await_coordinator(coordinator: str, timeout: int) -> int:
                 fix = "check the address, that process 0 runs, and that the port is open"
                 raise RuntimeError(f"nothing listens at {coordinator} after {timeout} s ({error}); {fix}") from None
         time.sleep(0.1)
+
+
+def barrier(name: str) -> None:
+    """Return when every process has called this with the same name; with one process do nothing.
+
+    Raises:
+        ValueError: `name` is empty.
+    """
+    if not name:
+        raise ValueError("barrier(''); give a name that says what the processes wait for")
+    if jax.process_count() > 1:
+        from jax.experimental import multihost_utils
+
+        multihost_utils.sync_global_devices(name)
