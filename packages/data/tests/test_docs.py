@@ -4,6 +4,7 @@ Pytest offers files outside of this folder to no conftest in it, so the examples
 """
 
 import importlib
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,11 @@ SOURCES = sorted(path for path in (PACKAGE / "src").rglob("*.py") if ">>>" in pa
 
 
 @pytest.mark.parametrize("path", [PACKAGE / "README.md", *SOURCES], ids=lambda path: path.name)
-def test_examples(path, tmp_path):
+def test_examples(path, tmp_path, monkeypatch):
     """An example that does not run misleads whoever copies it."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     parser = DocTestParser() if path.suffix == ".py" else PythonCodeBlockParser()
     document = Sybil(parsers=[parser], path=str(path.parent)).parse(path)
-    document.namespace["directory"] = tmp_path
     if path.suffix == ".py":
         document.namespace.update(vars(importlib.import_module(f"dovetail_data.{path.stem}")))
     examples = list(document.examples())
