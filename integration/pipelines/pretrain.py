@@ -58,7 +58,7 @@ def pretrain(corpus: data.Corpus, out: Path, steps: int, *, seed: int = 0, **mes
             trainer.fit(loader, steps, hooks=[evaluate, save], sinks=[lines])
     if jax.process_index() == 0:
         exported = models.merge(definition, jax.device_get(trainer.params))
-        models.save_pretrained(exported, out / "model", tokenizer=tokenizer, overwrite=True)
+        models.save_pretrained(exported, out / "model", tokenizer=out / "tokenizer", overwrite=True)
     return trainer
 
 

@@ -117,7 +117,7 @@ def complete(
     if reached < settings.steps:
         return None
     with ui.stage("Export"):
-        stages.export(job, tokenizer, directory.path / "model")
+        stages.export(job, directory.path / "tokenizer", directory.path / "model")
         ui.say(f"{directory.path / 'model'} opens with transformers and with dovetail_models")
     return job
 

@@ -254,6 +254,8 @@ class Pretraining:
         return dovetail_models.merge(self.definition, jax.tree.map(jnp.copy, self.trainer.params))
 
 
-def export(job: Pretraining, tokenizer: dovetail_text.Tokenizer, directory: Path) -> None:
+def export(job: Pretraining, tokenizer: Path, directory: Path) -> None:
     """Write the model and its tokenizer as a Hugging Face directory, replacing an earlier export."""
-    dovetail_models.save_pretrained(job.model(), directory, tokenizer=tokenizer, overwrite=True)
+    ids = dovetail_text.Tokenizer.from_pretrained(tokenizer)
+    token_ids = {"eos_token_id": list(ids.eos_ids)} | ({} if ids.bos_id is None else {"bos_token_id": ids.bos_id})
+    dovetail_models.save_pretrained(job.model(), directory, tokenizer=tokenizer, token_ids=token_ids, overwrite=True)
