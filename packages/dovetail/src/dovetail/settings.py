@@ -96,6 +96,7 @@ PRESETS = {
         eval_batches=2,
         checkpoint_every=10,
         model=ModelSettings(features=64, hidden=176, layers=2, heads=2),
+        optimizer=OptimizerSettings(learning_rate=1e-2),
     ),
     "small": Settings(
         vocab_size=2048,

@@ -39,7 +39,10 @@ class UI:
     def bar(self, label: str, total: float | None, unit: str = "") -> Generator[Callable[[float, str], None]]:
         """Show a progress bar; the function takes what is done and a text to show beside it."""
         columns = (TextColumn("  {task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
-        with Progress(*columns, TimeRemainingColumn(), console=self.console, transient=True) as progress:
+        hidden = not self.console.is_terminal
+        with Progress(
+            *columns, TimeRemainingColumn(), console=self.console, transient=True, disable=hidden
+        ) as progress:
             task = progress.add_task(label, total=total, note=unit)
             yield lambda done, note: progress.update(task, completed=done, note=note)
 
@@ -50,7 +53,8 @@ class TrainingBar:
     def __init__(self, ui: UI, first: int, steps: int) -> None:
         self._ui, self._steps, self._loss = ui, steps, float("nan")
         columns = (TextColumn("  training"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[note]}"))
-        self._progress = Progress(*columns, TimeRemainingColumn(), console=ui.console, transient=True)
+        hidden = not ui.console.is_terminal
+        self._progress = Progress(*columns, TimeRemainingColumn(), console=ui.console, transient=True, disable=hidden)
         self._task = self._progress.add_task("training", total=steps, completed=first, note="")
 
     def __enter__(self) -> "TrainingBar":

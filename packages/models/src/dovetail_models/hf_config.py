@@ -1,4 +1,4 @@
-"""``config.json`` of Hugging Face's ``LlamaForCausalLM`` to and from `LlamaConfig`: every field is applied or refused."""
+"""``config.json`` of ``LlamaForCausalLM`` to and from `LlamaConfig`: every field is applied or refused."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -114,19 +114,36 @@ def _scaling(kind: str, given: dict[str, Any], limit: int) -> RopeScaling | None
         case "linear":
             return LinearScaling(given.pop("factor"))
         case "llama3":
-            names = ("factor", "low_freq_factor", "high_freq_factor")
-            return Llama3Scaling(*(given.pop(n) for n in names), given.pop("original_max_position_embeddings", limit))
+            return Llama3Scaling(
+                given.pop("factor"),
+                given.pop("low_freq_factor"),
+                given.pop("high_freq_factor"),
+                given.pop("original_max_position_embeddings", limit),
+            )
         case "yarn":
-            original = given.pop("original_max_position_embeddings", None)
-            factor = given.pop("factor", None)
-            if factor is None and original is None:
-                raise KeyError("factor")
-            names = {"beta_fast": 32.0, "beta_slow": 1.0, "attention_factor": None, "truncate": True}
-            rest = {name: given.pop(name, None) for name in names}
-            rest = {name: names[name] if value is None else value for name, value in rest.items()}
-            return YarnScaling(limit / original if factor is None else factor, original or limit, **rest)
+            return _yarn(given, limit)
         case _:
             raise ConfigError(f"rope type {kind!r}; supported are 'default', 'linear', 'llama3' and 'yarn'")
+
+
+def _yarn(given: dict[str, Any], limit: int) -> YarnScaling:
+    original = given.pop("original_max_position_embeddings", None)
+    factor = given.pop("factor", None)
+    if factor is None and original is None:
+        raise KeyError("factor")
+
+    def option(name: str, default: Any) -> Any:
+        value = given.pop(name, None)
+        return default if value is None else value
+
+    return YarnScaling(
+        limit / original if factor is None else factor,
+        limit if original is None else original,
+        beta_fast=option("beta_fast", 32.0),
+        beta_slow=option("beta_slow", 1.0),
+        attention_factor=option("attention_factor", None),
+        truncate=option("truncate", True),
+    )
 
 
 def config_to_hf(config: LlamaConfig, *, dtype: str, token_ids: Mapping[str, Any] | None = None) -> dict[str, Any]:
