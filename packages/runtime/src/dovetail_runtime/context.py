@@ -3,6 +3,9 @@
 The context is a `jax.make_user_context` value: it is local to the thread and part of the key of jax's tracing, lowering
 and compilation caches. A jitted function, a scan body or a nested jit that was traced under one mesh and rules is
 therefore traced again under others, and never reused across them.
+
+Making such a value lengthens jax's cache keys, so a function that was jitted before this module was imported is
+traced once more on its next call.
 """
 
 import contextlib
