@@ -8,12 +8,6 @@ import pytest
 with jaxtyping.install_import_hook("dovetail_kernels", "beartype.beartype"):
     import dovetail_kernels  # noqa: F401
 
-from sybil import Sybil
-from sybil.parsers.markdown import PythonCodeBlockParser
-from sybil.parsers.rest import DocTestParser
-
-pytest_collect_file = Sybil(parsers=[PythonCodeBlockParser(), DocTestParser()], pattern="*.md", path="..").pytest()
-
 
 @pytest.fixture
 def untyped() -> Iterator[None]:

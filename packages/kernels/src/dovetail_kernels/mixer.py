@@ -57,8 +57,15 @@ class DenseMixer:
         scale: float,
         window: int | None = None,
     ) -> tuple[Float[Array, "tokens heads value_dim"], "DenseMixer"]:
-        """Attend within rows; `layer` does not matter here. See `dovetail_protocols.Mixer.attend`."""
+        """Attend within rows; `layer` does not matter here. See `dovetail_protocols.Mixer.attend`.
+
+        Raises:
+            ValueError: not ``batch * time`` tokens; for the rest see `dovetail_kernels.attention`.
+        """
         del layer
+        for name, x in (("query", query), ("key", key), ("value", value)):
+            if x.ndim != 3 or x.shape[0] != self.batch * self.time:
+                raise ValueError(f"{name} has shape {x.shape}; expected [{self.batch * self.time}, heads, dim]")
 
         def rows(x: jax.Array) -> jax.Array:
             return x.reshape(self.batch, self.time, *x.shape[1:])

@@ -20,8 +20,16 @@ def rms_norm(
         eps: added to the mean square.
 
     Raises:
-        ValueError: `weight` has another shape than ``[features]``.
+        ValueError: `x` is a scalar, or `weight` has another shape than ``[features]``.
+        TypeError: `x` is not a float.
+
+    >>> rms_norm(jnp.array([0.0, 8.0, 0.0, 0.0]), eps=0.0)
+    Array([0., 2., 0., 0.], dtype=float32)
     """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x has dtype {x.dtype}; expected a float")
+    if not x.ndim:
+        raise ValueError("x has shape (); expected [*batch, features]")
     if weight is not None and weight.shape != x.shape[-1:]:
         raise ValueError(f"weight has shape {weight.shape}; expected {x.shape[-1:]}, the last axis of x {x.shape}")
     wide = x.astype(exact(x.dtype))

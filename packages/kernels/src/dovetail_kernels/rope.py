@@ -30,6 +30,9 @@ class LinearScaling:
 
     factor: float
 
+    def __post_init__(self) -> None:
+        _positive(self, "factor")
+
 
 @dataclasses.dataclass(frozen=True)
 class Llama3Scaling:
@@ -40,12 +43,18 @@ class Llama3Scaling:
     high_freq_factor: float
     original_max_position: int
 
+    def __post_init__(self) -> None:
+        _positive(self, "factor", "low_freq_factor", "original_max_position")
+        if not self.high_freq_factor > self.low_freq_factor:
+            raise ValueError(f"{self}; expected high_freq_factor above low_freq_factor")
+
 
 @dataclasses.dataclass(frozen=True)
 class YarnScaling:
     """YaRN (Peng et al., arXiv:2309.00071): a ramp between interpolation and extrapolation, and warmer attention.
 
-    `attention_factor` multiplies cosines and sines; None is the paper's ``0.1 ln(factor) + 1``.
+    `attention_factor` multiplies cosines and sines; None is the paper's ``0.1 ln(factor) + 1`` (1 for a factor
+    below 1). `truncate` rounds the ends of the ramp to whole features.
     """
 
     factor: float
@@ -54,6 +63,19 @@ class YarnScaling:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+
+    def __post_init__(self) -> None:
+        _positive(self, "factor", "original_max_position", "beta_slow")
+        if not self.beta_fast > self.beta_slow:
+            raise ValueError(f"{self}; expected beta_fast above beta_slow")
+        if self.attention_factor is not None:
+            _positive(self, "attention_factor")
+
+
+def _positive(scaling: Any, *names: str) -> None:
+    for name in names:
+        if not 0 < getattr(scaling, name) < math.inf:
+            raise ValueError(f"{scaling}; expected {name} to be a positive number")
 
 
 RopeScaling: TypeAlias = LinearScaling | Llama3Scaling | YarnScaling
@@ -77,11 +99,11 @@ def rope_frequencies(
         scaling: how a longer context is reached.
 
     Raises:
-        ValueError: `dim` is odd or not positive, or `theta` is not above 1.
+        ValueError: `dim` is odd or not positive, or `theta` is not a number above 1.
     """
     if dim <= 0 or dim % 2:
         raise ValueError(f"dim={dim}; rotary embeddings need a positive even number of features")
-    if not theta > 1:
+    if not 1 < theta < math.inf:
         raise ValueError(f"theta={theta}; expected more than 1 (10000 is usual)")
     base = 1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
     factor = 1.0
@@ -94,8 +116,8 @@ def rope_frequencies(
             base = _llama3(base, scaling)
         case YarnScaling():
             base = _yarn(base, dim, theta, scaling)
-            factor = scaling.attention_factor
-            factor = 0.1 * math.log(scaling.factor) + 1.0 if factor is None else factor
+            paper = 0.1 * math.log(max(scaling.factor, 1.0)) + 1.0
+            factor = paper if scaling.attention_factor is None else scaling.attention_factor
     return base.astype(np.float32), factor
 
 
@@ -128,7 +150,12 @@ def rope_table(
         frequencies: ``[dim // 2]``, as from `rope_frequencies`.
         factor: multiplies both tables.
         dtype: of the tables.
+
+    Raises:
+        TypeError: `positions` are not integers.
     """
+    if not jnp.issubdtype(positions.dtype, jnp.integer):
+        raise TypeError(f"positions have dtype {positions.dtype}; expected integers")
     angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32)
     return RopeTable((jnp.cos(angles) * factor).astype(dtype), (jnp.sin(angles) * factor).astype(dtype))
 
@@ -143,6 +170,8 @@ def rope(x: Float[Array, "*tokens heads dim"], table: RopeTable) -> Float[Array,
     Raises:
         ValueError: the table does not belong to these tokens or this head size.
     """
+    if x.ndim < 2 or x.shape[-1] % 2:
+        raise ValueError(f"x has shape {x.shape}; expected [*tokens, heads, dim] with an even dim")
     if table.cos.shape != (*x.shape[:-2], x.shape[-1] // 2):
         raise ValueError(
             f"the table has shape {table.cos.shape}; x {x.shape} needs {(*x.shape[:-2], x.shape[-1] // 2)}"

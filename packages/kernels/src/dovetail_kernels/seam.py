@@ -27,23 +27,39 @@ def einsum(spec: str, x: jax.Array, w: jax.Array | QuantizedArray) -> jax.Array:
 
     Raises:
         ValueError: `spec` does not name two operands and a result, or the shapes do not fit it.
+        TypeError: `x` is not a float.
 
     >>> einsum("td,df->tf", jnp.ones((2, 3)), jnp.ones((3, 4))).shape
     (2, 4)
     """
-    if spec.count(",") != 1 or "->" not in spec:
-        raise ValueError(f"spec {spec!r}; expected two operands and an explicit result, such as 'td,df->tf'")
-    operands = spec.split("->", maxsplit=1)[0].split(",")
-    for name, term, operand in (("x", operands[0], x), ("w", operands[1], w)):
-        if "..." not in term and len(term.replace(" ", "")) != operand.ndim:
-            raise ValueError(f"{name} has shape {operand.shape}; {term!r} in {spec!r} expects rank {len(term)}")
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x has dtype {x.dtype}; expected a float")
+    _check(spec, x.shape, w.shape)
     return jnp.einsum(spec, x, _plain(w).astype(x.dtype))
+
+
+def _check(spec: str, *shapes: tuple[int, ...]) -> None:
+    operands, arrow, result = spec.replace(" ", "").partition("->")
+    terms = operands.split(",")
+    if not arrow or len(terms) != 2:
+        raise ValueError(f"spec {spec!r}; expected two operands and an explicit result, such as 'td,df->tf'")
+    sizes = dict[str, int]()
+    for name, term, shape in zip("xw", terms, shapes, strict=True):
+        if "..." in term:
+            continue
+        if len(term) != len(shape):
+            raise ValueError(f"{name} has shape {shape}; {term!r} in {spec!r} expects rank {len(term)}")
+        for axis, size in zip(term, shape, strict=True):
+            if sizes.setdefault(axis, size) != size:
+                raise ValueError(f"axis {axis!r} of {spec!r} has two lengths in x {shapes[0]} and w {shapes[1]}")
+    if unknown := set(result) - set(operands):
+        raise ValueError(f"the result of {spec!r} has the axes {sorted(unknown)}, which no operand has")
 
 
 def take(w: jax.Array | QuantizedArray, ids: jax.Array) -> jax.Array:
     """Look up rows of a table ``[rows, ...]``; the result has shape ``ids.shape + w.shape[1:]``.
 
-    Out-of-range ids give rows of NaN (jax's ``fill`` mode) rather than another token's row.
+    Ids outside ``[0, rows)`` give rows of NaN rather than another token's row.
 
     Args:
         w: the table, possibly quantized (then only the rows that are looked up are dequantized).
@@ -51,12 +67,21 @@ def take(w: jax.Array | QuantizedArray, ids: jax.Array) -> jax.Array:
 
     Raises:
         TypeError: `ids` are not integers.
+        ValueError: `w` is a scalar.
+
+    >>> take(jnp.array([[1.0], [2.0]]), jnp.array([1, 5]))
+    Array([[ 2.],
+           [nan]], dtype=float32)
     """
+    if not w.ndim:
+        raise ValueError("w has shape (); expected a table [rows, ...]")
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"ids have dtype {ids.dtype}; expected integers")
+    if ids.dtype.itemsize < 4:
+        ids = ids.astype(jnp.int32)
     if isinstance(w, QuantizedArray):
         return _take_quantized(w, ids)
-    return jnp.take(w, ids, axis=0, mode="fill")
+    return jnp.take(w, jnp.where(ids < 0, w.shape[0], ids), axis=0, mode="fill")
 
 
 def _take_quantized(w: QuantizedArray, ids: jax.Array) -> jax.Array:
