@@ -1,4 +1,10 @@
-"""The contracts that Dovetail's packages meet: plain pytrees and callables, no base class to inherit."""
+"""The contracts that Dovetail's packages meet: plain pytrees and callables, no base class to inherit.
+
+What needs jax is imported on first use, so that a command line or a data worker starts without it.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
 
 from dovetail_protocols import paths
 from dovetail_protocols.batch import LMBatch, batch_size, split_rows
@@ -17,19 +23,21 @@ from dovetail_protocols.engine import (
 from dovetail_protocols.loader import Loader, Plan
 from dovetail_protocols.loss import Loss, LossOutput, Term
 from dovetail_protocols.metrics import Sink
-from dovetail_protocols.model import (
-    Auxiliary,
-    CacheSpec,
-    FullCache,
-    LanguageModel,
-    LatentCache,
-    Mixer,
-    RecurrentCache,
-    WindowCache,
-)
-from dovetail_protocols.quantized import QuantizedArray
 from dovetail_protocols.servable import Servable, TensorSpec
 from dovetail_protocols.tokenizer import ChatEncoding, IncrementalDecoder, Message, RoleSpan, Tokenizer
+
+if TYPE_CHECKING:
+    from dovetail_protocols.model import (
+        Auxiliary,
+        CacheSpec,
+        FullCache,
+        LanguageModel,
+        LatentCache,
+        Mixer,
+        RecurrentCache,
+        WindowCache,
+    )
+    from dovetail_protocols.quantized import QuantizedArray
 
 __all__ = [
     "Auxiliary",
@@ -71,3 +79,10 @@ __all__ = [
     "paths",
     "split_rows",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'dovetail_protocols' has no attribute {name!r}")
+    module = "quantized" if name == "QuantizedArray" else "model"
+    return getattr(importlib.import_module(f"dovetail_protocols.{module}"), name)

@@ -6,7 +6,6 @@ Segment 0 is padding. Masks come from segments and roles, never from comparing t
 
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
 __all__ = ["LMBatch", "batch_size", "split_rows"]
@@ -68,6 +67,8 @@ def batch_size(batch: Any) -> int:
     Raises:
         ValueError: the batch has no leaves, a leaf is a scalar, or the leading axes differ.
     """
+    import jax
+
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     sizes = {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
     if not sizes:

@@ -1,9 +1,10 @@
 """Loss: sums with weights, so that one rule makes accumulation, data parallelism and packing exact."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
-import jax
+if TYPE_CHECKING:
+    import jax
 
 __all__ = ["Loss", "LossOutput", "Term"]
 
@@ -16,8 +17,8 @@ class Term(NamedTuple):
         weight: scalar; a function of the batch alone, never of the parameters.
     """
 
-    sum: jax.Array
-    weight: jax.Array
+    sum: "jax.Array"
+    weight: "jax.Array"
 
 
 class LossOutput(NamedTuple):
@@ -30,8 +31,8 @@ class LossOutput(NamedTuple):
             step-wide weight (multiply its coefficient into the sum); every other is only reported.
     """
 
-    sum: jax.Array
-    weight: jax.Array
+    sum: "jax.Array"
+    weight: "jax.Array"
     aux: Mapping[str, Term]
 
 

@@ -16,8 +16,6 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
-import jax
-
 T = TypeVar("T")
 
 __all__ = ["PatternError", "assign", "flatten", "mask", "matches", "path_of", "select", "update"]
@@ -45,6 +43,8 @@ def flatten(tree: Any) -> dict[str, Any]:
     Raises:
         ValueError: two leaves have the same address (a mapping with the keys ``0`` and ``"0"``).
     """
+    import jax
+
     leaves = jax.tree_util.tree_leaves_with_path(tree)
     flat = {path_of(key_path): leaf for key_path, leaf in leaves}
     if len(flat) != len(leaves):
@@ -127,6 +127,8 @@ def _nothing(pattern: str, addresses: Sequence[str]) -> str:
 
 def mask(tree: Any, patterns: str | Iterable[str]) -> Any:
     """Return a pytree of bools shaped like `tree`: True where the address matches (see `select` for errors)."""
+    import jax
+
     chosen = set(select(tree, patterns))
     return jax.tree_util.tree_map_with_path(lambda key_path, _: path_of(key_path) in chosen, tree)
 
@@ -140,6 +142,8 @@ def assign(tree: Any, values: Mapping[str, T]) -> Any:
     >>> assign({"bias": 0, "kernel": 0}, {"bias": "no decay", "**": "decay"})
     {'bias': 'no decay', 'kernel': 'decay'}
     """
+    import jax
+
     for pattern in values:
         select(tree, pattern)
 
@@ -159,6 +163,8 @@ def update(tree: Any, leaves: Mapping[str, Any]) -> Any:
     Raises:
         PatternError: an address names no leaf; the message lists the nearest ones.
     """
+    import jax
+
     addresses = list(flatten(tree))
     for address in leaves:
         if address not in addresses:
