@@ -1,0 +1,95 @@
+"""Write packages/models/tests/golden: tiny random ``LlamaForCausalLM`` checkpoints with their logits and gradients.
+
+The configurations are those of packages/models/tests/matrix.toml. Run inside the oracle environment `hf` (torch 2.13.0,
+transformers 5.23): ``python make_llama.py``.
+"""
+
+import json
+import pathlib
+import shutil
+import tomllib
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+
+TESTS = pathlib.Path(__file__).parents[3] / "packages/models/tests"
+SIZES = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 40,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.125,
+}
+GRADIENTS = (
+    "model.embed_tokens.weight",
+    "model.layers.0.self_attn.q_proj.weight",
+    "model.layers.0.self_attn.q_proj.bias",
+    "model.layers.0.input_layernorm.weight",
+    "model.layers.1.self_attn.k_proj.weight",
+    "model.layers.1.self_attn.o_proj.weight",
+    "model.layers.1.self_attn.o_proj.bias",
+    "model.layers.1.mlp.down_proj.weight",
+    "model.layers.1.mlp.gate_proj.bias",
+)
+
+
+def widen(model: torch.nn.Module) -> None:
+    """Draw parameters that make logits and their margins wide, and biases and norms that matter."""
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.3)
+            else:
+                parameter.normal_(std=1.0 if "embed" in name else 1.3 * parameter.shape[1] ** -0.5)
+
+
+def old_style(folder: pathlib.Path) -> None:
+    """Rewrite config.json as transformers 4 wrote it."""
+    values = json.loads((folder / "config.json").read_text())
+    rope = values.pop("rope_parameters")
+    values["rope_theta"] = rope.pop("rope_theta")
+    values["rope_scaling"] = {"type": rope.pop("rope_type"), **rope}
+    values["torch_dtype"] = values.pop("dtype")
+    (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
+
+
+def make(name: str, case: dict[str, Any], seed: int) -> None:
+    torch.manual_seed(seed)
+    store = case.get("store", {})
+    config = transformers.LlamaConfig(**(SIZES | case["hf"]), attn_implementation="eager")
+    model = transformers.LlamaForCausalLM(config).float().eval()
+    widen(model)
+    if "dtype" in store:
+        model = model.to(getattr(torch, store["dtype"]))
+    folder = TESTS / "golden" / name
+    shutil.rmtree(folder, ignore_errors=True)
+    model.save_pretrained(folder, max_shard_size=store.get("shard", "5GB"))
+    if store.get("old_style"):
+        old_style(folder)
+
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    tokens = torch.randint(0, SIZES["vocab_size"], (2, 21))
+    targets = torch.randint(0, SIZES["vocab_size"], (2, 21))
+    logits = model(tokens).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+    loss.backward()
+    gradients = {n: p.grad.numpy() for n, p in model.named_parameters() if n in GRADIENTS}
+    arrays = {"tokens": tokens.numpy().astype(np.int32), "targets": targets.numpy().astype(np.int32)}
+    arrays |= {"logits": logits.detach().numpy(), "loss": np.float32(loss.item())}
+    np.savez_compressed(folder / "expected.npz", **arrays, **gradients)
+
+
+def main() -> None:
+    matrix = tomllib.loads((TESTS / "matrix.toml").read_text())
+    for seed, (name, case) in enumerate(matrix.items()):
+        make(name, case, seed)
+
+
+if __name__ == "__main__":
+    main()
