@@ -1,5 +1,6 @@
 """What child processes of the tests run, and the states that they and the tests both know."""
 
+import faulthandler
 import os
 import signal
 import sys
@@ -87,6 +88,7 @@ def _join_distributed(port, index):
 
 def distributed(path, port, index, mode):
     """One of two processes: save, then restore, or fail as `mode` says."""
+    faulthandler.dump_traceback_later(100, exit=True)
     jax = _join_distributed(port, index)
     import jax.numpy as jnp
 

@@ -7,7 +7,6 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import checkpoint_workers
 import jax.numpy as jnp
@@ -120,7 +119,7 @@ def test_one_process_saves_at_a_time(tmp_path):
 
 
 def test_a_script_that_ends_without_close(tmp_path):
-    """At the end of the interpreter a running save is either committed whole or not at all."""
+    """A save that runs when the interpreter ends is committed; Orbax alone hangs there for 20 minutes."""
     code = (
         "import sys, numpy as np; from dovetail_checkpoint import Manager\n"
         "m = Manager(sys.argv[1]); m.save(1, {'x': np.ones(1)}); m.wait(); m.save(2, {'x': np.ones(1 << 20)})\n"
@@ -128,7 +127,4 @@ def test_a_script_that_ends_without_close(tmp_path):
     subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], timeout=90, check=False, env=_cpu(), capture_output=True
     )
-    manager = Manager(tmp_path)
-    assert manager.steps() in ([1], [1, 2])
-    assert manager.restore().step == manager.latest_step()
-    assert Path(tmp_path / "1").is_dir()
+    assert Manager(tmp_path).restore().step == 2

@@ -208,6 +208,9 @@ def test_differences_are_short_and_name_leaves_and_values(tmp_path):
     assert "bias: saved float32[4], `like` has bfloat16[4]" in text
     with pytest.raises(TreeMismatchError, match="and 6 more"):
         Manager(tmp_path).restore({})
+    uneven = jax.ShapeDtypeStruct((4,), jnp.float32, sharding=jax.NamedSharding(mesh(8), PartitionSpec("x")))
+    with pytest.raises(TreeMismatchError, match=r"bias: float32\[4\] cannot be divided as `like` asks, NamedSharding"):
+        Manager(tmp_path).restore(state | {"bias": uneven})
     assert Manager(tmp_path).steps() == [1]
     with pytest.raises(TypeError, match="'a' of `like` is a str"):
         Manager(tmp_path).restore({"a": "x"})

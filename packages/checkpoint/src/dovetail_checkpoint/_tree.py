@@ -189,11 +189,23 @@ def match(step: int, leaves: Mapping[str, Leaf], like: Any) -> dict[str, Target]
             described = _describe(address, value)
             if not _agree(leaves[address], described):
                 problems.append(f"{address or '(root)'}: saved {leaves[address]}, `like` has {described}")
+            else:
+                problems += _indivisible(address, leaves[address], value)
             targets[address] = _target(leaves[address], value)
     if problems:
         more = f"\n  and {len(problems) - _LISTED} more" if len(problems) > _LISTED else ""
         raise TreeMismatchError(f"step {step} differs from `like`:\n  " + "\n  ".join(problems[:_LISTED]) + more)
     return targets
+
+
+def _indivisible(address: str, leaf: Leaf, value: Any) -> list[str]:
+    sharding = getattr(value, "sharding", None)
+    try:
+        if sharding is not None:
+            sharding.shard_shape(leaf.shape)
+    except ValueError:
+        return [f"{address or '(root)'}: {leaf} cannot be divided as `like` asks, {sharding}"]
+    return []
 
 
 def _nearest(address: str, unmatched: Collection[str], others: Collection[str]) -> str:

@@ -8,6 +8,7 @@ import logging
 import math
 import os
 import threading
+import weakref
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dovetail_checkpoint import _files, _json
 from dovetail_checkpoint._commit import Job, finish
+from dovetail_checkpoint._exit import before_shutdown
 from dovetail_checkpoint.errors import CorruptCheckpointError
 from dovetail_checkpoint.keep import Policy, latest
 from dovetail_checkpoint.manifest import verify as verify_step
@@ -87,6 +89,7 @@ class Manager:
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
         self._closed = False
+        self._exit_is_set = False
         self._metrics: dict[int, Mapping[str, float]] = {}
         if _files.leftovers(self.path) and _primary():
             _files.clean(self.path)
@@ -135,6 +138,7 @@ class Manager:
             if _multihost.is_primary():
                 _files.discard_quietly(staging)
             raise
+        self._wait_at_exit()
         self._thread = threading.Thread(target=self._finish, args=(job, pending), name=f"save-{number}")
         self._thread.start()
 
@@ -151,6 +155,21 @@ class Manager:
         staging = _files.new_staging(self.path, step)
         staging.mkdir()
         return staging
+
+    def _wait_at_exit(self) -> None:
+        if self._exit_is_set:
+            return
+        self._exit_is_set = True
+        reference = weakref.ref(self)
+
+        def finish() -> None:
+            manager = reference()
+            if manager is not None:
+                manager._join()
+                if manager._error is not None:
+                    _LOG.error("a save failed and nobody waited for it", exc_info=manager._error)
+
+        before_shutdown(finish)
 
     def _finish(self, job: Job, pending: Any) -> None:
         try:
