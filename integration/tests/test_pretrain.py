@@ -68,7 +68,7 @@ def test_the_run_learns_and_exports(alone):
     assert (alone / "model" / "tokenizer.json").exists()
 
 
-@pytest.mark.slow
+@pytest.mark.multiprocess
 def test_two_processes_see_the_same_data_and_losses(corpus, alone, tmp_path):
     """Breaks when rows are lost, repeated or reordered over processes, or gradients are averaged wrongly."""
     with socket.socket() as probe:
