@@ -15,6 +15,7 @@ PACKAGES = sorted(path.parent.name for path in ROOT.glob("packages/*/pyproject.t
 ORACLES = sorted(path.name for path in ROOT.glob("integration/oracles/*") if list(path.glob("test_*.py")))
 LOWEST, NEWEST = "3.11", "3.13"
 PYTHONS = [LOWEST, "3.12", NEWEST]
+EIGHT = {"JAX_NUM_CPU_DEVICES": "8"}
 WHEELS = ROOT / ".nox" / "wheels"
 
 
@@ -144,7 +145,7 @@ def isolated(session: nox.Session, package: str) -> None:
     session.install("-q", f"--find-links={WHEELS}", *old, str(wheel))
     script = ROOT / "integration" / "isolated.py"
     session.chdir(session.create_tmp())
-    session.run("python", str(script), package)
+    session.run("python", str(script), package, env=EIGHT)
 
 
 def build_wheels(session: nox.Session) -> None:
@@ -179,7 +180,8 @@ def lint(session: nox.Session) -> None:
 def types(session: nox.Session) -> None:
     """Static types."""
     sync_all(session, "types")
-    session.run("basedpyright", f"--pythonpath={session.virtualenv.location}/bin/python", *session.posargs)
+    sources = [f"packages/{package}/src" for package in PACKAGES]
+    session.run("basedpyright", f"--pythonpath={session.virtualenv.location}/bin/python", *(session.posargs or sources))
 
 
 @nox.session(python=NEWEST)
@@ -201,7 +203,7 @@ def docs(session: nox.Session) -> None:
         f"--site-dir={session.create_tmp()}/site",
         env={"NO_MKDOCS_2_WARNING": "1"},
     )
-    session.run("pytest", "docs", *session.posargs)
+    session.run("pytest", "docs", *session.posargs, env=EIGHT)
 
 
 @nox.session(venv_backend="none")

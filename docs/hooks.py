@@ -1,6 +1,6 @@
 """What pages write in double braces: `include FILE` is a README or guide of the repository, `api MODULE` its names.
 
-Links between included files become links between pages. The names are those of the module's `__all__`, and nothing else.
+Links between included files become links between pages. The names are those of the module's `__all__` and no others.
 """
 
 import importlib

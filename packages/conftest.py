@@ -1,4 +1,4 @@
-"""Settings of every package's tests: strict dtypes, eight CPU devices, run-time shape checks, executed README blocks."""
+"""Settings of every package's tests: strict dtypes, eight CPU devices, and the fixture for long counts."""
 
 import os
 
