@@ -1,6 +1,5 @@
 """The whole line on a small corpus: everything is written, and a kill at any moment changes no number."""
 
-import functools
 import multiprocessing
 import os
 import re
@@ -11,31 +10,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from quickstart_child import invoke
 
 STEPS = 40
 CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["dovetail.stages", "matplotlib.figure"])
-
-
-def invoke(words, log, fault=None):
-    """Run the command in this (child) process; `fault` is (stage, n): killed at the n-th save's stage."""
-    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(out, 1)
-    os.dup2(out, 2)
-    if fault is not None:
-        import dovetail_checkpoint
-
-        seen = []
-
-        def kill(stage):
-            seen.append(stage)
-            if stage == fault[0] and seen.count(stage) == fault[1]:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-        dovetail_checkpoint.Manager = functools.partial(dovetail_checkpoint.Manager, _fault=kill)
-    from dovetail.cli import main
-
-    os._exit(main(words))
 
 
 def run(out, *extra, fault=None, kill_when=None, timeout=240):

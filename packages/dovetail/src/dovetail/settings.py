@@ -20,7 +20,7 @@ class ModelSettings:
     """Query heads."""
     kv_heads: int | None = None
     """Key-value heads; as many as query heads by default."""
-    tied: bool = True
+    tied: bool = False
     """Whether the unembedding is the embedding."""
     rope_theta: float = 10000.0
     """Base of the rotary wavelengths."""
