@@ -14,7 +14,7 @@ def divisors(n):
     return [d for d in range(1, n + 1) if n % d == 0]
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 @given(st.data())
 def test_dequantize_is_the_formula(data):
     shape = tuple(data.draw(st.lists(st.sampled_from([1, 2, 4, 6]), min_size=1, max_size=3)))
