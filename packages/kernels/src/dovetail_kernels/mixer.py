@@ -17,13 +17,13 @@ class DenseMixer:
     """Causal attention inside each row (and segment) of a ``[batch, time]`` batch; meets `dovetail_protocols.Mixer`.
 
     Attributes:
-        segment_ids: ``[batch, time]``, or None where every row is one segment.
+        segment_ids: int ``[batch, time]``, or None where every row is one segment.
         batch: rows.
         time: tokens per row.
         implementation: of `dovetail_kernels.attention`.
     """
 
-    segment_ids: Int[Array, "batch time"] | None
+    segment_ids: Any
     batch: int = dataclasses.field(metadata={"static": True})
     time: int = dataclasses.field(metadata={"static": True})
     implementation: AttentionImplementation | None = dataclasses.field(default=None, metadata={"static": True})

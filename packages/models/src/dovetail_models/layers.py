@@ -1,4 +1,8 @@
-"""Layers that families share. Activations are tokens-major, ``[tokens, features]``; weights are ``[in, ..., out]``."""
+"""Layers that families share. Activations are tokens-major, ``[tokens, features]``; weights are ``[in, ..., out]``.
+
+Inside `dovetail_runtime.use` activations are constrained by the names ``tokens``, ``embed``, ``heads``, ``kv_heads``,
+``mlp`` and ``vocab``.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -9,6 +13,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dovetail_kernels import RopeTable, einsum, rms_norm, rope
+from dovetail_runtime import constrain
 
 __all__ = ["GatedMLP", "GroupedAttention", "Initializer", "RMSNorm", "parameter"]
 
@@ -67,13 +72,14 @@ class GroupedAttention(nnx.Module):
 
     def _project(self, name: str, x: jax.Array) -> jax.Array:
         y = einsum("td,dhk->thk", x, getattr(self, name).get_value())
-        return y + getattr(self, f"{name}_bias").get_value().astype(y.dtype) if self.bias else y
+        y = y + getattr(self, f"{name}_bias").get_value().astype(y.dtype) if self.bias else y
+        return constrain(y, "tokens", "heads" if name == "query" else "kv_heads", None)
 
     def __call__(self, layer: int, x: Float[Array, "tokens features"], table: RopeTable, mixer: Any) -> tuple[Any, Any]:
         """Return the attention output ``[tokens, features]`` and the mixer."""
         query, key = rope(self._project("query", x), table), rope(self._project("key", x), table)
         mixed, mixer = mixer.attend(layer, query, key, self._project("value", x), scale=self.scale)
-        y = einsum("thk,hkd->td", mixed, self.out.get_value())
+        y = einsum("thk,hkd->td", constrain(mixed, "tokens", "heads", None), self.out.get_value())
         return (y + self.out_bias.get_value().astype(y.dtype) if self.bias else y), mixer
 
 
@@ -108,4 +114,4 @@ class GatedMLP(nnx.Module):
     def __call__(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens features"]:
         """Transform each token."""
         h = jax.nn.silu(self._linear("gate", "td,df->tf", x)) * self._linear("up", "td,df->tf", x)
-        return self._linear("down", "tf,fd->td", h)
+        return self._linear("down", "tf,fd->td", constrain(h, "tokens", "mlp"))

@@ -4,6 +4,7 @@ Covers Llama 2 and 3.x and every checkpoint of Hugging Face's ``LlamaForCausalLM
 """
 
 import dataclasses
+import math
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ from jaxtyping import Array, Float, Int
 from dovetail_kernels import RopeScaling, RopeTable, einsum, rope_frequencies, rope_table, take
 from dovetail_models.layers import GatedMLP, GroupedAttention, RMSNorm, parameter
 from dovetail_protocols import Auxiliary, FullCache
+from dovetail_runtime import constrain
 
 __all__ = ["Llama", "LlamaConfig"]
 
@@ -60,6 +62,11 @@ class LlamaConfig:
         for name in ("vocab_size", "features", "hidden", "layers", "heads"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
+        if self.max_position < 1:
+            raise ValueError(f"max_position={self.max_position}; expected at least 1")
+        for name in ("norm_eps", "init_std"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}; expected a number of at least 0")
         if self.head_dim is None and self.features % self.heads:
             raise ValueError(f"features={self.features} is no multiple of heads={self.heads}; set head_dim")
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
@@ -103,8 +110,8 @@ class LlamaBlock(nnx.Module):
     def __call__(self, layer: int, x: jax.Array, table: RopeTable, mixer: Any) -> tuple[jax.Array, Any]:
         """Return the residual stream ``[tokens, features]`` after the block, and the mixer."""
         mixed, mixer = self.attention(layer, self.attention_norm(x), table, mixer)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), mixer
+        x = constrain(x + mixed, "tokens", "embed")
+        return constrain(x + self.mlp(self.mlp_norm(x)), "tokens", "embed"), mixer
 
 
 class Llama(nnx.Module):
@@ -141,6 +148,7 @@ class Llama(nnx.Module):
     ) -> tuple[Float[Array, "tokens features"], Auxiliary, Any]:
         """See `dovetail_protocols.LanguageModel.hidden`."""
         x = (take(self.embedding.get_value(), tokens) if embeds is None else embeds).astype(self.dtype)
+        x = constrain(x, "tokens", "embed")
         frequencies, factor = rope_frequencies(self.config.dim, self.config.rope_theta, self.config.rope_scaling)
         table = rope_table(positions, frequencies, factor=factor)
         for i, layer in enumerate(self.layers):
@@ -156,7 +164,7 @@ class Llama(nnx.Module):
     def unembed(self, hidden: Float[Array, "tokens features"]) -> Float[Array, "tokens vocab"]:
         """Return the logits in float32."""
         weight, _, _ = self.unembedding()
-        return einsum("td,dv->tv", hidden, weight).astype(jnp.float32)
+        return constrain(einsum("td,dv->tv", hidden, weight).astype(jnp.float32), "tokens", "vocab")
 
     def cache_specs(self) -> tuple[FullCache, ...]:
         """Every layer attends to all earlier tokens."""

@@ -1,11 +1,17 @@
 """A module as a static definition and a nested dict of arrays, the form that jitted steps take."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 from flax import nnx
+from jax.sharding import Mesh
 
-__all__ = ["abstract", "logical_axes", "merge", "split"]
+from dovetail_runtime import Rules, shardings
+
+M = TypeVar("M", bound=nnx.Module)
+
+__all__ = ["abstract", "init", "logical_axes", "merge", "placements", "split"]
 
 
 def split(module: nnx.Module) -> tuple[Any, dict[Any, Any]]:
@@ -22,7 +28,7 @@ def merge(definition: Any, parameters: Any) -> Any:
     return nnx.merge(definition, parameters)
 
 
-def abstract(build: Any) -> tuple[Any, dict[Any, Any]]:
+def abstract(build: Callable[[], nnx.Module]) -> tuple[Any, dict[Any, Any]]:
     """Return ``split(build())`` with ``jax.ShapeDtypeStruct`` leaves; nothing is computed or allocated."""
     return split(nnx.eval_shape(build))
 
@@ -35,3 +41,36 @@ def logical_axes(module: nnx.Module) -> dict[Any, Any]:
 
 def _names(variable: Any) -> Any:
     return variable.replace(tuple(variable.get_metadata()["axes"]))
+
+
+def placements(module: nnx.Module, mesh: Mesh, rules: Rules) -> dict[Any, Any]:
+    """Return the sharding of every parameter: the tree of `split` with `NamedSharding` leaves.
+
+    Args:
+        module: a module, abstract (``nnx.eval_shape(build)``) or not.
+        mesh: from `dovetail_runtime.mesh`.
+        rules: their weight rules apply to the names of `logical_axes`.
+
+    Raises:
+        dovetail_runtime.ShardingError: the rules do not fit the names.
+    """
+    return shardings(split(module)[1], logical_axes(module), rules, mesh)
+
+
+def init(build: Callable[[], M], mesh: Mesh, rules: Rules) -> M:
+    """Return ``build()`` with every parameter made where it belongs; no device ever holds a whole model.
+
+    The values are the same on every mesh, one device included (``build()`` alone, which is not compiled as one
+    program, may differ from them in the last bit). For errors see `placements`.
+
+    >>> from flax import nnx
+    >>> from dovetail_runtime import FSDP, mesh
+    >>> config = LlamaConfig(vocab_size=16, features=8, hidden=16, layers=1, heads=2)
+    >>> model = init(lambda: Llama(config, rngs=nnx.Rngs(0)), mesh(fsdp=8), FSDP)
+    >>> model.head.get_value().sharding.spec
+    PartitionSpec('fsdp',)
+    """
+    module = nnx.eval_shape(build)
+    definition, _ = split(module)
+    make = jax.jit(lambda: split(build())[1], out_shardings=placements(module, mesh, rules))
+    return merge(definition, make())

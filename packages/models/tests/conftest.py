@@ -1,0 +1,79 @@
+"""Shapes and types of every annotated call are checked at run time; helpers that several files need."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jaxtyping
+import pytest
+
+with jaxtyping.install_import_hook(("dovetail_models", "dovetail_kernels"), "beartype.beartype"):
+    import dovetail_models
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dovetail_kernels import DenseMixer, linear_cross_entropy
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def untyped() -> Iterator[None]:
+    """Turn the run-time shape checks off, to see what a user without them sees."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture(scope="session")
+def golden() -> Path:
+    """The directory of the golden checkpoints."""
+    return GOLDEN
+
+
+@pytest.fixture(scope="session")
+def small() -> dovetail_models.LlamaConfig:
+    """A model whose every axis divides by 8 devices except the key-value heads."""
+    return dovetail_models.LlamaConfig(
+        vocab_size=48, features=16, hidden=32, layers=2, heads=8, kv_heads=2, head_dim=4, init_std=0.3
+    )
+
+
+@pytest.fixture(scope="session")
+def build(small: Any) -> Callable[..., dovetail_models.Llama]:
+    """build(**options) makes that model."""
+
+    def make(config: Any = small, **options: Any) -> dovetail_models.Llama:
+        return dovetail_models.Llama(config, rngs=nnx.Rngs(0), **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def summed_loss() -> Callable[..., jax.Array]:
+    """summed_loss(model, tokens, targets): the cross-entropy of a [batch, time] batch."""
+
+    def loss(model: Any, tokens: jax.Array, targets: jax.Array) -> jax.Array:
+        hidden, aux, _ = model.hidden(tokens.reshape(-1), places(tokens), DenseMixer.of(tokens))
+        assert not aux
+        weight, bias, cap = model.unembedding()
+        return linear_cross_entropy(hidden, weight, targets.reshape(-1), bias=bias, softcap=cap)
+
+    return loss
+
+
+@pytest.fixture(scope="session")
+def logits() -> Callable[..., jax.Array]:
+    """logits(model, tokens) of a [batch, time] batch."""
+
+    def run(model: Any, tokens: jax.Array) -> jax.Array:
+        hidden, _, _ = model.hidden(tokens.reshape(-1), places(tokens), DenseMixer.of(tokens))
+        return model.unembed(hidden).reshape(*tokens.shape, -1)
+
+    return run
+
+
+def places(tokens: jax.Array) -> jax.Array:
+    return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape).reshape(-1)
