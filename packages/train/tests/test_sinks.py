@@ -40,4 +40,4 @@ def test_an_existing_run_is_not_touched(tmp_path):
 
 def test_throughput_reports_what_it_knows():
     assert Throughput().rates(2.0) == {"step_seconds": 2.0}
-    assert Throughput(tokens=10, flops=8.0).rates(2.0) == {"step_seconds": 2.0, "tokens_per_second": 5.0}
+    assert Throughput(tokens=10, flops=8).rates(2.0) == {"step_seconds": 2.0, "tokens_per_second": 5.0}

@@ -16,7 +16,7 @@ class Throughput:
     """
 
     tokens: int | None = None
-    flops: float | None = None
+    flops: int | None = None
     peak: float | None = None
 
     def rates(self, seconds: float) -> dict[str, float]:
