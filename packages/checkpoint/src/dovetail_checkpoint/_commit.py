@@ -53,19 +53,21 @@ def finish(
     `fault` is called with ``orbax`` (arrays are being written), ``manifest`` (they are written), ``commit`` (all is
     ready for the rename) and ``delete`` (before each deletion); what it raises is a failure at that point.
     """
+    from dovetail_checkpoint import _orbax
+
     try:
         _write(job, pending, fault)
-    except BaseException as error:
-        error.add_note(f"raised in the background save of step {job.step}, which is not committed")
-        raise
-    if _is_primary():
-        metrics[job.step] = job.metrics
-        _delete_old(job, keep, metrics, fault)
+        if _is_primary():
+            metrics[job.step] = job.metrics
+            _delete_old(job, keep, metrics, fault)
+    finally:
+        # The others go on when process 0 has committed and deleted, or given up.
+        _orbax.barrier(f"commit-{job.staging.name}")
+    if not job.final.is_dir():
+        raise RuntimeError(f"process 0 did not commit step {job.step} in {job.root}; its log says why")
 
 
 def _write(job: Job, pending: Any, fault: Callable[[str], None]) -> None:
-    from dovetail_checkpoint import _orbax
-
     try:
         try:
             fault("orbax")
@@ -73,13 +75,12 @@ def _write(job: Job, pending: Any, fault: Callable[[str], None]) -> None:
             pending.wait()
         if _is_primary():
             _commit(job, fault)
+    except BaseException as error:
+        error.add_note(f"raised in the background save of step {job.step}, which is not committed")
+        raise
     finally:
         if _is_primary():
             _files.discard_quietly(job.staging)
-        # The others return when the step is visible, or when process 0 has given up on it.
-        _orbax.barrier(f"commit-{job.staging.name}")
-    if not job.final.is_dir():
-        raise RuntimeError(f"process 0 did not commit step {job.step} in {job.root}; its log says why")
 
 
 def _commit(job: Job, fault: Callable[[str], None]) -> None:

@@ -1,8 +1,8 @@
 """Waiting for a running save when the interpreter ends.
 
 Once Python has begun to end, `concurrent.futures` takes no more work, and an Orbax save that is still running then
-waits 20 minutes for itself. Functions given to `atexit` come too late; the list from which `concurrent.futures` itself is
-ended is called last in, first out, so that a function added later still finds it working.
+waits 20 minutes for itself. Functions given to `atexit` come too late. The list from which `concurrent.futures` itself
+is ended is called last in, first out, so that a function added later still finds it working.
 """
 
 import atexit
