@@ -44,10 +44,10 @@ def _scaling(kind: Any, rest: dict[str, Any], max_position: int) -> RopeScaling 
     if kind != "default" and (not isinstance(kind, str) or kind not in KINDS):
         raise ConfigError(f"rope type {kind!r}; supported are 'default', {', '.join(map(repr, KINDS))}")
     fields = {f.name: f for f in dataclasses.fields(KINDS[kind])} if kind in KINDS else {}
+    if kind == "yarn" and "factor" not in rest and ORIGINAL in rest:
+        rest["factor"] = max_position / max(1, field(rest, ORIGINAL, int))
     if "original_max_position" in fields:
         rest["original_max_position"] = rest.pop(ORIGINAL, max_position)
-    if kind == "yarn" and "factor" not in rest:
-        rest["factor"] = max_position / field(rest, "original_max_position", int)
     unknown = sorted(set(rest) - set(fields))
     if unknown:
         raise ConfigError(f"rope of type {kind!r} has the fields {unknown}, which are not supported")

@@ -67,8 +67,8 @@ def init(build: Callable[[], M], mesh: Mesh, rules: Rules) -> M:
     >>> from dovetail_runtime import FSDP, mesh
     >>> config = LlamaConfig(vocab_size=16, features=8, hidden=16, layers=1, heads=2)
     >>> model = init(lambda: Llama(config, rngs=nnx.Rngs(0)), mesh(fsdp=8), FSDP)
-    >>> model.head.get_value().sharding.spec
-    PartitionSpec('fsdp',)
+    >>> model.head.get_value().addressable_shards[0].data.shape
+    (1, 16)
     """
     module = nnx.eval_shape(build)
     definition, _ = split(module)
