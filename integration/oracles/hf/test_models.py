@@ -1,0 +1,159 @@
+"""Random Llama configurations against transformers: logits, all gradients, and our export read back by transformers."""
+
+import random
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+import transformers
+from flax import nnx
+
+from dovetail_kernels import DenseMixer, LinearScaling, Llama3Scaling, YarnScaling, linear_cross_entropy
+from dovetail_models import Llama, LlamaConfig, from_pretrained, llama_map, merge, save_pretrained, split
+from dovetail_weights import open_directory, save
+
+BATCH, TIME = 2, 37
+
+
+def rope_of(rng: random.Random) -> dict[str, Any]:
+    theta = rng.choice([1000.0, 10000.0, 500000.0])
+    factor = rng.choice([1.5, 2.0, 8.0])
+    original = rng.choice([16, 64])
+    kinds: list[dict[str, Any]] = [
+        {"rope_type": "default"},
+        {"rope_type": "linear", "factor": factor},
+        {
+            **{"rope_type": "llama3", "factor": factor, "original_max_position_embeddings": original},
+            **{"low_freq_factor": rng.choice([1.0, 2.0]), "high_freq_factor": rng.choice([4.0, 8.0])},
+        },
+        {
+            **{"rope_type": "yarn", "factor": factor, "original_max_position_embeddings": original},
+            **rng.choice([{}, {"attention_factor": 1.2}, {"truncate": False}, {"beta_fast": 16.0, "beta_slow": 2.0}]),
+        },
+    ]
+    return {"rope_theta": theta, **rng.choice(kinds)}
+
+
+def random_config(seed: int) -> transformers.LlamaConfig:
+    rng = random.Random(seed)
+    kv_heads, group = rng.choice([1, 2, 3]), rng.choice([1, 2, 4])
+    heads = kv_heads * group
+    return transformers.LlamaConfig(
+        vocab_size=rng.randint(20, 90),
+        hidden_size=heads * rng.choice([4, 8]),
+        intermediate_size=rng.randint(8, 50),
+        num_hidden_layers=rng.randint(1, 3),
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        head_dim=rng.choice([None, 4, 10]),
+        max_position_embeddings=rng.choice([64, 256]),
+        rms_norm_eps=rng.choice([1e-6, 1e-5, 1e-2]),
+        tie_word_embeddings=rng.random() < 0.4,
+        attention_bias=rng.random() < 0.4,
+        mlp_bias=rng.random() < 0.4,
+        rope_parameters=rope_of(rng),
+        eos_token_id=rng.choice([None, 2, [2, 5]]),
+        attn_implementation="eager",
+    )
+
+
+def widened(config: transformers.LlamaConfig, seed: int) -> transformers.LlamaForCausalLM:
+    torch.manual_seed(seed)
+    model = transformers.LlamaForCausalLM(config).float().eval()
+    for name, parameter in model.named_parameters():
+        with torch.no_grad():
+            if "norm" in name:
+                parameter.uniform_(0.5, 1.5)
+            elif name.endswith("bias"):
+                parameter.normal_(std=0.3)
+            else:
+                parameter.normal_(std=1.0 if "embed" in name else 1.3 * parameter.shape[1] ** -0.5)
+    return model
+
+
+def load_theirs(folder: Path) -> transformers.LlamaForCausalLM:
+    return transformers.LlamaForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="eager"
+    ).eval()
+
+
+def ours(model: Llama, tokens: np.ndarray, targets: np.ndarray) -> tuple[jax.Array, jax.Array, Any]:
+    definition, params = split(model)
+
+    @jax.jit
+    def run(params: Any, tokens: jax.Array, targets: jax.Array) -> Any:
+        def loss(params: Any) -> Any:
+            model = merge(definition, params)
+            positions = jnp.tile(jnp.arange(TIME, dtype=jnp.int32), BATCH)
+            hidden, _, _ = model.hidden(tokens.reshape(-1), positions, DenseMixer.of(tokens))
+            weight, bias, cap = model.unembedding()
+            total = linear_cross_entropy(hidden, weight, targets.reshape(-1), bias=bias, softcap=cap)
+            return total, model.unembed(hidden).reshape(BATCH, TIME, -1)
+
+        (value, logits), gradients = jax.value_and_grad(loss, has_aux=True)(params)
+        return logits, value, gradients
+
+    return run(params, jnp.asarray(tokens, jnp.int32), jnp.asarray(targets, jnp.int32))
+
+
+def batch(seed: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    rng = np.random.default_rng(seed)
+    return rng.integers(0, vocab_size, (BATCH, TIME)), rng.integers(0, vocab_size, (BATCH, TIME))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_configurations(seed: int, tmp_path: Path) -> None:
+    """A checkpoint computes and trains here as it does there, and goes back unchanged."""
+    theirs = widened(random_config(seed), seed)
+    theirs.save_pretrained(tmp_path / "theirs")
+    model = from_pretrained(tmp_path / "theirs")
+    tokens, targets = batch(seed, model.vocab_size)
+
+    logits = theirs(torch.from_numpy(tokens)).logits
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), torch.from_numpy(targets).flatten(), reduction="sum")
+    loss.backward()
+    got, value, gradients = ours(model, tokens, targets)
+    np.testing.assert_allclose(got, logits.detach().numpy(), atol=1e-4)
+    np.testing.assert_allclose(value, loss.item(), rtol=1e-5)
+
+    save(tmp_path / "gradients", llama_map(model.config), gradients)
+    found = open_directory(tmp_path / "gradients")
+    expected = {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()}
+    assert set(found) == set(expected)
+    for name, gradient in expected.items():
+        scale = np.abs(gradient).max()
+        np.testing.assert_allclose(found.read(name) / scale, gradient / scale, atol=1e-4, err_msg=name)
+
+    save_pretrained(model, tmp_path / "ours", token_ids={"eos_token_id": 2}, max_shard_bytes=20_000)
+    again = load_theirs(tmp_path / "ours")
+    with torch.no_grad():
+        assert torch.equal(again(torch.from_numpy(tokens)).logits, logits)
+
+
+@pytest.mark.parametrize(
+    "scaling",
+    [None, LinearScaling(2.0), Llama3Scaling(4.0, 1.0, 4.0, 32), YarnScaling(4.0, 32, attention_factor=1.1)],
+    ids=lambda s: type(s).__name__,
+)
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])
+def test_our_models_load_there(scaling: Any, dtype: Any, tmp_path: Path) -> None:
+    """What we train opens with transformers, with our logits, configuration and end tokens."""
+    config = LlamaConfig(
+        vocab_size=50, features=24, hidden=36, layers=2, heads=4, kv_heads=2, head_dim=10, init_std=0.3,
+        rope_theta=5000.0, rope_scaling=scaling, max_position=128, attention_bias=True, mlp_bias=True,
+    )  # fmt: skip
+    model = Llama(config, rngs=nnx.Rngs(1), param_dtype=dtype, dtype=jnp.float32)
+    save_pretrained(model, tmp_path / "out", token_ids={"eos_token_id": [1, 4], "bos_token_id": 3})
+    stored = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto")
+    assert stored.dtype == {jnp.float32: torch.float32, jnp.bfloat16: torch.bfloat16}[dtype]
+    assert stored.generation_config.eos_token_id == [1, 4]
+    assert stored.generation_config.bos_token_id == 3
+    theirs = load_theirs(tmp_path / "out")
+    tokens, targets = batch(0, 50)
+    got, _, _ = ours(model, tokens, targets)
+    with torch.no_grad():
+        np.testing.assert_allclose(got, theirs(torch.from_numpy(tokens)).logits.numpy(), atol=1e-4)
