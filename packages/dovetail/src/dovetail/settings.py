@@ -90,13 +90,13 @@ class Settings:
 PRESETS = {
     "tiny": Settings(
         vocab_size=512,
-        seq_len=64,
-        batch=8,
+        seq_len=128,
+        batch=16,
         eval_every=20,
         eval_batches=2,
         checkpoint_every=10,
         model=ModelSettings(features=64, hidden=176, layers=2, heads=2),
-        optimizer=OptimizerSettings(learning_rate=1e-2),
+        optimizer=OptimizerSettings(learning_rate=5e-3),
     ),
     "small": Settings(
         vocab_size=2048,
