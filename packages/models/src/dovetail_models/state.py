@@ -60,8 +60,7 @@ def placements(module: nnx.Module, mesh: Mesh, rules: Rules) -> dict[Any, Any]:
 def init(build: Callable[[], M], mesh: Mesh, rules: Rules) -> M:
     """Return ``build()`` with every parameter made where it belongs; no device ever holds a whole model.
 
-    The values are the same on every mesh, one device included (``build()`` alone, which is not compiled as one
-    program, may differ from them in the last bit). For errors see `placements`.
+    The values are those of ``build()`` on every mesh, up to the rounding of the last bit. For errors see `placements`.
 
     >>> from flax import nnx
     >>> from dovetail_runtime import FSDP, mesh
