@@ -8,6 +8,14 @@ import pytest
 from dovetail_runtime import preemption
 
 
+@pytest.fixture(autouse=True)
+def _python_handles_ctrl_c():
+    """A shell that starts the tests in the background has them ignore SIGINT."""
+    old = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, old)
+
+
 def test_sigterm_sets_the_flag_and_the_old_handler_comes_back():
     """A handler that stays would make the process unkillable after the loop."""
     old = signal.getsignal(signal.SIGTERM)
