@@ -37,7 +37,7 @@ def golden() -> Path:
 def small() -> dovetail_models.LlamaConfig:
     """A model whose every axis divides by 8 devices except the key-value heads."""
     return dovetail_models.LlamaConfig(
-        vocab_size=48, features=16, hidden=32, layers=2, heads=8, kv_heads=2, head_dim=4, init_std=0.3
+        vocab_size=48, features=16, hidden=32, layers=1, heads=8, kv_heads=2, head_dim=4, init_std=0.3
     )
 
 

@@ -144,7 +144,7 @@ def test_tensors_that_do_not_fit(copy: Path) -> None:
         del tensors["model.norm.weight"]
         tensors["model.layers.0.mlp.up_proj.weight"] = np.ones((3, 3), np.float32)
         tensors["model.layers.0.mlp.more.weight"] = np.ones(3, np.float32)
-        tensors["model.layers.1.mlp.up_proj.weight"] = np.ones((32, 16), np.int32)
+        tensors["model.layers.0.mlp.gate_proj.weight"] = np.ones((32, 16), np.int32)
 
     edit_tensors(copy, spoil)
     with pytest.raises(WeightsError) as error:
@@ -153,7 +153,7 @@ def test_tensors_that_do_not_fit(copy: Path) -> None:
         "model.norm.weight: missing",
         "model.layers.0.mlp.up_proj.weight: has shape (3, 3)",
         "model.layers.0.mlp.more.weight: unexpected",
-        "model.layers.1.mlp.up_proj.weight: is int32",
+        "model.layers.0.mlp.gate_proj.weight: is int32",
     ):
         assert part in str(error.value)
 

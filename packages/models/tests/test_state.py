@@ -84,45 +84,46 @@ def run(build: Any, summed_loss: Any) -> Any:
 @pytest.fixture(scope="module")
 def alone(build: Any, run: Any) -> Any:
     """Parameters, loss and gradients on one device."""
-    _, params = split(init(build, devices({"data": 1}), DATA))
+    _, params = split(build())
     return params, *run(params, *batch())
 
 
 @pytest.mark.parametrize("name", MESHES)
 def test_meshes_agree_with_one_device(name: str, build: Any, run: Any, alone: Any) -> None:
-    """Loss, gradients and initial values on a mesh are those of one device."""
+    """Loss and gradients on a mesh are those of one device."""
     sizes, rules = MESHES[name]
     grid = devices(sizes)
     params, loss, gradients = alone
-    _, placed = split(init(build, grid, rules))
-    for address, leaf in paths.flatten(placed).items():
-        np.testing.assert_allclose(leaf, paths.flatten(params)[address], rtol=1e-6, err_msg=address)
+    placed = jax.device_put(params, placements(nnx.eval_shape(build), grid, rules))
     with use(grid, rules):
         got = run(placed, *jax.device_put(batch(), batch_sharding(grid, rules)))
     np.testing.assert_allclose(got[0], loss, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got[1], gradients)
 
 
-def test_init_makes_every_part_in_its_place(build: Any) -> None:
-    """No device holds more than its share."""
-    grid = devices({"fsdp": 4, "tensor": 2})
-    _, params = split(init(build, grid, FSDP_TENSOR))
-    expected = placements(nnx.eval_shape(build), grid, FSDP_TENSOR)
+@pytest.fixture(scope="module")
+def spread(build: Any) -> Any:
+    """A model made on eight devices."""
+    return init(build, devices({"fsdp": 4, "tensor": 2}), FSDP_TENSOR)
+
+
+def test_init_makes_every_part_in_its_place(build: Any, alone: Any, spread: Any) -> None:
+    """No device holds more than its share, and the values are those of one device."""
+    expected = paths.flatten(placements(nnx.eval_shape(build), devices({"fsdp": 4, "tensor": 2}), FSDP_TENSOR))
+    _, params = split(spread)
     for address, leaf in paths.flatten(params).items():
-        assert leaf.sharding == paths.flatten(expected)[address]
+        assert leaf.sharding == expected[address]
+        np.testing.assert_allclose(leaf, paths.flatten(alone[0])[address], rtol=1e-6, err_msg=address)
     assert params["layers"][0]["mlp"]["up"].addressable_shards[0].data.shape == (4, 16)
 
 
-def test_checkpoints_go_into_a_mesh_and_out(build: Any, tmp_path: Any) -> None:
+def test_checkpoints_go_into_a_mesh_and_out(spread: Any, tmp_path: Any) -> None:
     """A sharded model is saved and loaded without ever being whole on a device, with the same values."""
-    grid = devices({"fsdp": 4, "tensor": 2})
-    made = init(build, grid, FSDP_TENSOR)
-    save_pretrained(made, tmp_path / "out")
-    model = from_pretrained(tmp_path / "out", mesh=grid, rules=FSDP_TENSOR)
-    expected = placements(model, grid, FSDP_TENSOR)
-    whole = paths.flatten(split(made)[1])
+    save_pretrained(spread, tmp_path / "out")
+    model = from_pretrained(tmp_path / "out", mesh=devices({"fsdp": 4, "tensor": 2}), rules=FSDP_TENSOR)
+    whole = paths.flatten(split(spread)[1])
     for address, leaf in paths.flatten(split(model)[1]).items():
-        assert leaf.sharding.is_equivalent_to(paths.flatten(expected)[address], leaf.ndim)
+        assert leaf.sharding.is_equivalent_to(whole[address].sharding, leaf.ndim)
         np.testing.assert_array_equal(leaf, whole[address])
 
 
