@@ -46,13 +46,13 @@ def check_language_model(
     run = _Run(model, make_mixer, time, tolerance)
     tokens = run.tokens()
     _check_shapes(run, tokens)
-    _check_pure(run, tokens)
     _check_caches(run, tokens)
+    _check_unembedding(run, tokens)
     _check_causal(run, tokens)
     _check_rows(run, tokens)
     _check_packed(run, tokens)
     _check_embeds(run, tokens)
-    _check_unembedding(run, tokens)
+    _check_pure(run, tokens)
     if rebuild is not None:
         _check_quantized(run, rebuild, tokens)
 

@@ -56,17 +56,22 @@ def _is_quantized(leaf: Any) -> bool:
 
 
 def _dense(leaf: Any) -> Any:
-    return leaf.dequantize() if _is_quantized(leaf) else leaf
+    return _dequantize(leaf) if _is_quantized(leaf) else leaf
 
 
-def fake_quantize(array: Any) -> QuantizedArray:
+@jax.jit
+def fake_quantize(array: jax.Array) -> QuantizedArray:
     """Round an array to int8 values times a power of two per element of the last axis."""
-    values = jnp.asarray(array)
-    wide = values.astype(jnp.float32)
+    wide = array.astype(jnp.float32)
     largest = jnp.max(jnp.abs(wide), axis=tuple(range(wide.ndim - 1)), keepdims=True)
     exponent = jnp.ceil(jnp.log2(jnp.maximum(largest, jnp.float32(1e-30)) / jnp.float32(127)))
-    scale = jnp.exp2(exponent)
-    return QuantizedArray(jnp.round(wide / scale).astype(jnp.int8), scale, None, values.dtype)
+    scale = jnp.ldexp(jnp.float32(1), exponent.astype(jnp.int32))
+    return QuantizedArray(jnp.round(wide / scale).astype(jnp.int8), scale, None, array.dtype)
+
+
+@jax.jit
+def _dequantize(array: QuantizedArray) -> jax.Array:
+    return array.dequantize()
 
 
 class _Layout(NamedTuple):
@@ -78,11 +83,11 @@ class _Layout(NamedTuple):
 
 
 _LAYOUTS = (
+    _Layout("a zero point per group", lambda shape: (shape[0] // 4, *shape[1:]), jnp.uint8, zero=True),
     _Layout("one scale", lambda shape: (1,) * len(shape)),
     _Layout("a scale per last-axis element", lambda shape: (*(1,) * (len(shape) - 1), shape[-1])),
     _Layout("a scale per first-axis element", lambda shape: (shape[0], *(1,) * (len(shape) - 1))),
     _Layout("a scale per group of the first axis", lambda shape: (shape[0] // 4, *shape[1:])),
-    _Layout("a zero point per group", lambda shape: (shape[0] // 4, *shape[1:]), jnp.uint8, zero=True),
     _Layout("int4", lambda shape: (*(1,) * (len(shape) - 1), shape[-1]), jnp.int4),
     _Layout("float8", lambda shape: (*(1,) * (len(shape) - 1), shape[-1]), jnp.float8_e4m3fn),
     _Layout("logical bfloat16", lambda shape: (*(1,) * (len(shape) - 1), shape[-1]), dtype=jnp.bfloat16),
@@ -116,17 +121,27 @@ def check_quantized(
     for layout in _LAYOUTS:
         allowed = tolerance * (1000 if layout.dtype == jnp.bfloat16 else 1)
         _check_einsums(einsum, einsums, layout, allowed)
-        _check_take(take, _weight(layout, (16, 6)), layout.name)
+        table, values = _weight(layout, (16, 6))
+        _check_take(take, table, values, layout.name)
 
 
-def _weight(layout: _Layout, shape: tuple[int, ...]) -> QuantizedArray:
+def _weight(layout: _Layout, shape: tuple[int, ...]) -> tuple[QuantizedArray, np.ndarray]:
+    """A quantized array, and its values as its documentation defines them."""
     rng = np.random.default_rng(0)
     groups = layout.groups(shape)
     low, high = {jnp.uint8: (0, 256), jnp.int4: (-8, 8)}.get(layout.qtype, (-100, 101))
-    qvalue = jnp.asarray(rng.integers(low, high, shape), jnp.float32).astype(layout.qtype)
-    scale = jnp.asarray(2.0 ** rng.integers(-8, -4, groups), jnp.float32)
-    zero = jnp.asarray(rng.integers(low, high, groups), jnp.float32).astype(layout.qtype) if layout.zero else None
-    return QuantizedArray.checked(qvalue, scale, zero, layout.dtype)
+    qvalue = rng.integers(low, high, shape).astype(np.float32).astype(layout.qtype)
+    scale = 2.0 ** rng.integers(-8, -4, groups).astype(np.float32)
+    zero = rng.integers(low, high, groups).astype(np.float32).astype(layout.qtype) if layout.zero else None
+    values = _spread(scale, shape) * (qvalue.astype(np.float64) - (0 if zero is None else _spread(zero, shape)))
+    qvalue, scale, zero = jax.device_put((qvalue, scale, zero))
+    return QuantizedArray.checked(qvalue, scale, zero, layout.dtype), values.astype(layout.dtype)
+
+
+def _spread(part: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    for axis, (n, s) in enumerate(zip(shape, part.shape, strict=True)):
+        part = np.repeat(part, n // s, axis=axis)
+    return part.astype(np.float64)
 
 
 def _check_einsums(
@@ -146,10 +161,10 @@ def _check_einsums(
         return [(out, gradient) for (_, out), gradient in results]
 
     rng = np.random.default_rng(1)
-    xs = [jnp.asarray(rng.standard_normal(shape), jnp.float32).astype(layout.dtype) for _, shape, _ in einsums]
-    weights = [_weight(layout, shape) for _, _, shape in einsums]
-    dense = [weight.dequantize() for weight in weights]
-    for (spec, _, _), x, w, with_dense, got in zip(einsums, xs, dense, run(xs, dense), run(xs, weights), strict=True):
+    xs = [jax.device_put(rng.standard_normal(shape).astype(layout.dtype)) for _, shape, _ in einsums]
+    weights, values = zip(*(_weight(layout, shape) for _, _, shape in einsums), strict=True)
+    results = run(xs, jax.device_put(list(values))), run(xs, list(weights))
+    for (spec, _, _), x, w, with_dense, got in zip(einsums, xs, values, *results, strict=True):
         case = f"{layout.name}, {spec}"
         expected = np.einsum(spec, np.asarray(x, np.float64), np.asarray(w, np.float64))
         for kind, out in (("an array", with_dense[0]), ("a QuantizedArray", got[0])):
@@ -161,10 +176,9 @@ def _check_einsums(
         require(error is None, "Seam: the gradient of x is that with the dequantized weight", case=case, error=error)
 
 
-def _check_take(take: Callable[[Any, Any], Any], table: QuantizedArray, case: str) -> None:
-    dense = table.dequantize()
-    ids = jnp.array([3, 0, 15, 3, 7], jnp.int32)
-    for kind, operand in (("an array", dense), ("a QuantizedArray", table)):
+def _check_take(take: Callable[[Any, Any], Any], table: QuantizedArray, values: np.ndarray, case: str) -> None:
+    ids = np.array([3, 0, 15, 3, 7], np.int32)
+    for kind, operand in (("an array", jax.device_put(values)), ("a QuantizedArray", table)):
         got = jax.jit(take)(operand, ids)
-        good = got.dtype == table.dtype and np.array_equal(got, np.asarray(dense)[np.asarray(ids)])
+        good = got.dtype == table.dtype and np.array_equal(got, values[ids])
         require(good, f"Seam: take from {kind} gives the rows of its values", case=case, dtype=got.dtype)
