@@ -2,7 +2,7 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from dovetail_protocols import CommandError
 
@@ -16,6 +16,7 @@ __all__ = ["Quickstart"]
 
 PROMPTS = ("def __init__(self, ", "import os\n", "class ")
 LEAST_STEPS = 20
+Pair: TypeAlias = tuple[str, str]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,43 +90,43 @@ class Quickstart:
 
 
 def finish(job: "Pretraining", out: Path, seed: int, ui: "UI") -> None:
-    """Evaluate the trained model, sample from it and write the report."""
-    import dovetail_data
-    from dovetail.report import Report, write
-    from dovetail.sampling import sample
-    from dovetail_text import Tokenizer
-
+    """Evaluate the trained model, sample from it, write the report and say what to do next."""
     with ui.stage("Evaluation"):
-        means = job.evaluation(job.trainer.params)
-        unigram = dovetail_data.unigram_bits_per_byte(job.train_view, job.evaluation.view)
-        ui.say(f"validation: {means['bits_per_byte']:.3f} bits per byte; unigram baseline: {unigram:.3f}")
-        tokenizer = Tokenizer.from_pretrained(out / "tokenizer")
-        texts = sample(job.definition, job.trainer.params, tokenizer, PROMPTS, seed=seed)
-        for text in texts:
-            ui.console.print(text, style="green", markup=False)
+        results, samples, unigram = _examine(job, out, seed, ui)
+    nexts = (
+        ("look at the checkpoints", f"dovetail checkpoint ls {out / 'checkpoints'}"),
+        ("check them", f"dovetail checkpoint verify {out / 'checkpoints'} --all"),
+        ("see a training batch", f"dovetail data show {out / 'cache'} --step 0 --tokenizer {out / 'tokenizer'}"),
+        ("train on your own text", "dovetail train --corpus DIR --out runs/mine"),
+    )
     with ui.stage("Report"):
-        nexts = (
-            ("look at the checkpoints", f"dovetail checkpoint ls {out / 'checkpoints'}"),
-            ("check them", f"dovetail checkpoint verify {out / 'checkpoints'} --all"),
-            ("see a training batch", f"dovetail data show {out / 'cache'} --step 0 --tokenizer {out / 'tokenizer'}"),
-            ("train on your own text", "dovetail train --corpus DIR --out runs/mine"),
-        )
-        results = (
-            ("validation", f"{means['bits_per_byte']:.3f} bits per byte"),
-            ("unigram baseline", f"{unigram:.3f} bits per byte"),
-            ("validation loss", f"{means['loss']:.3f} nats per token"),
-            *job.results(out),
-        )
-        report = Report(
-            title="Dovetail quickstart",
-            facts=job.facts(),
-            results=results,
-            samples=tuple(zip(PROMPTS, texts, strict=True)),
-            seconds=dict(ui.seconds),
-            next_steps=nexts,
-        )
+        from dovetail.report import Report, write
+
+        report = Report("Dovetail quickstart", job.facts(), results, samples, dict(ui.seconds), nexts)
         write(out / "report.html", report, out, reference=("unigram", unigram))
         ui.say(f"{out / 'report.html'}")
     ui.console.print("[bold]Next:[/]")
     for what, command in nexts:
         ui.say(f"{what}: {command}")
+
+
+def _examine(job: "Pretraining", out: Path, seed: int, ui: "UI") -> tuple[list[Pair], list[Pair], float]:
+    """Return results and samples for the report, and the unigram baseline in bits per byte."""
+    import dovetail_data
+    from dovetail.sampling import sample
+    from dovetail_text import Tokenizer
+
+    means = job.evaluation(job.trainer.params)
+    unigram = dovetail_data.unigram_bits_per_byte(job.train_view, job.evaluation.view)
+    ui.say(f"validation: {means['bits_per_byte']:.3f} bits per byte; unigram baseline: {unigram:.3f}")
+    tokenizer = Tokenizer.from_pretrained(out / "tokenizer")
+    texts = sample(job.definition, job.trainer.params, tokenizer, PROMPTS, seed=seed)
+    for text in texts:
+        ui.console.print(text, style="green", markup=False)
+    results = [
+        ("validation", f"{means['bits_per_byte']:.3f} bits per byte"),
+        ("unigram baseline", f"{unigram:.3f} bits per byte"),
+        ("validation loss", f"{means['loss']:.3f} nats per token"),
+        *job.results(out),
+    ]
+    return results, list(zip(PROMPTS, texts, strict=True)), unigram

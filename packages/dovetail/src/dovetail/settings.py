@@ -102,9 +102,9 @@ PRESETS = {
         vocab_size=2048,
         seq_len=256,
         batch=8,
-        eval_every=100,
-        checkpoint_every=100,
-        model=ModelSettings(features=192, hidden=512, layers=4, heads=4),
-        optimizer=OptimizerSettings(learning_rate=4e-3),
+        eval_every=200,
+        checkpoint_every=200,
+        model=ModelSettings(features=128, hidden=336, layers=3, heads=4),
+        optimizer=OptimizerSettings(decay=0.7),
     ),
 }
