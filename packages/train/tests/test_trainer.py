@@ -11,7 +11,7 @@ import pytest
 from train_toys import Batches, batch_of, quadratic, regression, tiny
 
 from dovetail_protocols import Restored
-from dovetail_runtime import DATA, mesh
+from dovetail_runtime import DATA, current, mesh
 from dovetail_train import (
     Checkpoint,
     Evaluate,
@@ -105,6 +105,23 @@ def test_mesh_gives_the_numbers_of_one_device(axes):
     many.fit(Batches(), 3)
     for x, y in zip(jax.tree.leaves(one.params), jax.tree.leaves(many.params), strict=True):
         np.testing.assert_allclose(x, y, atol=1e-5)
+
+
+def test_constraints_of_the_model_follow_the_mesh():
+    """Breaks when activations are left to the compiler although the rules place them."""
+    seen = []
+
+    def loss(params, batch):
+        seen.append(current())
+        return quadratic(params, batch)
+
+    batch, params = regression(rows=16)
+    grid = mesh(data=8)
+    Trainer(params, loss, optax.sgd(0.1), mesh=grid, rules=DATA).step(batch)
+    assert seen[-1] is not None
+    assert seen[-1].mesh == grid
+    Trainer(params, loss, optax.sgd(0.1)).step(batch)
+    assert seen[-1] is None
 
 
 def test_mesh_without_rules_is_refused():

@@ -7,6 +7,7 @@ from flax import nnx
 
 from dovetail_kernels import einsum, take
 from dovetail_protocols import LMBatch, LossOutput, Term, split_rows
+from dovetail_runtime import constrain
 
 
 class TinyLM(nnx.Module):
@@ -22,7 +23,7 @@ class TinyLM(nnx.Module):
         x = take(self.embedding.get_value(), tokens)
         heads = x.reshape(x.shape[0], 2, -1)
         mixed, mixer = mixer.attend(0, heads, heads, heads, scale=0.5)
-        h = x + mixed.reshape(x.shape)
+        h = constrain(x + mixed.reshape(x.shape), "tokens", "embed")
         live = (tokens % 3 != 0).astype(jnp.float32)
         return h, {"size": (jnp.sum(jnp.sum(h * h, -1) * live), jnp.sum(live))}, mixer
 

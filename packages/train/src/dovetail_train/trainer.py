@@ -1,5 +1,6 @@
 """Trainer: a jitted, donated step over a state, usable step by step or through `fit`."""
 
+import contextlib
 import logging
 import math
 import time
@@ -12,7 +13,7 @@ import optax
 
 from dovetail_profile import cost
 from dovetail_protocols import Checkpointer, Loader, LossOutput, Sink
-from dovetail_runtime import Rules, put_batch, shardings_like
+from dovetail_runtime import Rules, put_batch, shardings_like, use
 from dovetail_train.explain import Explanation, explain
 from dovetail_train.hooks import Checkpoint, End, Hook
 from dovetail_train.step import TrainState, init_state, make_step
@@ -90,16 +91,25 @@ class Trainer:
 
     def step(self, batch: Any) -> Mapping[str, jax.Array]:
         """Take one step; the returned metrics are device scalars (reading one waits for the step)."""
-        self.state, metrics = self._step(self.state, self.put(batch))
+        with self.scope():
+            self.state, metrics = self._step(self.state, self.put(batch))
         return metrics
+
+    def scope(self) -> contextlib.AbstractContextManager[Any]:
+        """Return the context in which `dovetail_runtime.constrain` inside a model follows the mesh and the rules."""
+        if self._mesh is None or self._rules is None:
+            return contextlib.nullcontext()
+        return use(self._mesh, self._rules)
 
     def explain(self, batch: Any) -> Explanation:
         """Compile the step for a batch and say what it holds and costs; takes no step."""
-        return explain(self._step, self.state, self.put(batch))
+        with self.scope():
+            return explain(self._step, self.state, self.put(batch))
 
     def flops(self, batch: Any) -> int:
         """Return the floating-point operations in the matrix products of a step over all devices; compiles nothing."""
-        return cost(self._step, self.state, self.put(batch)).matmul_flops
+        with self.scope():
+            return cost(self._step, self.state, self.put(batch)).matmul_flops
 
     def restore(self, checkpointer: Checkpointer, *, data: Loader | None = None, step: int | None = None) -> int:
         """Put the state (and the loader) back to a saved step, by default the latest; return the step."""
@@ -159,7 +169,9 @@ class Trainer:
             due = [hook for hook in hooks if hook.due(step, end)]
             log.put(step, metrics, flush=bool(due) or end is not None)
             for hook in due:
-                log.values(step, hook(self, step))
+                with self.scope():
+                    values = hook(self, step)
+                log.values(step, values)
                 log.restart()
             if end is not None:
                 break
