@@ -115,6 +115,8 @@ def install_lowest(session: nox.Session, package: str) -> None:
     ]
     recipe = [*paths, *((ROOT / "packages" / name / "pyproject.toml").read_text() for name in members)]
     if once(session, recipe):
+        where = session.virtualenv.location
+        session.run_install("uv", "venv", "-q", "--clear", f"--python={session.python}", where, external=True)
         session.install("-q", "--resolution=lowest-direct", *paths, f"--group=packages/{package}/pyproject.toml:test")
         done(session, recipe)
 
@@ -134,7 +136,7 @@ def tests(session: nox.Session, package: str) -> None:
     session.run("pytest", f"packages/{package}/tests", *session.posargs)
 
 
-@nox.session(python=NEWEST)
+@nox.session(python=NEWEST, reuse_venv=False)
 @nox.parametrize("package", PACKAGES)
 def isolated(session: nox.Session, package: str) -> None:
     """The built wheel alone, outside the repository: it imports, its README runs, nothing undeclared is there."""

@@ -3,7 +3,7 @@ import sys
 
 PROGRAM = """
 import time
-import jax, jax.numpy, jax.extend.core, numpy, dovetail_protocols
+import jax, jax.numpy, jax.extend.core, numpy
 before = sorted(jax.config.values.items(), key=str)
 begin = time.perf_counter()
 import dovetail_profile
