@@ -2,8 +2,8 @@
 
 The stream (see `stream`) is cut into rows of T+1 tokens with stride T: a row begins with the last token of the row
 before, so every token of the stream but its very first is a target exactly once. Row ``r`` holds the tokens
-``[r*T, r*T + T]``; step ``k`` is the rows ``k*batch`` to ``(k+1)*batch``, so epochs follow one another without a gap,
-also inside a batch or a row.
+``[r*T, r*T + T]``; epochs follow one another without a gap, also inside a row. Blocks of as many rows as an epoch fills
+are permuted, each by a permutation of its own; step ``k`` is the rows ``k*batch`` to ``(k+1)*batch`` after that.
 """
 
 import math
@@ -12,20 +12,24 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
+from jaxtyping import Int64
 
 from dovetail_data.explain import Explanation, explain
+from dovetail_data.permutation import Permutation
 from dovetail_data.rows import assemble
 from dovetail_data.skips import Skips, merged
-from dovetail_data.stream import Stream
+from dovetail_data.stream import Pieces, Stream
 from dovetail_data.tokens import TokenSource
 
 if TYPE_CHECKING:
     import dovetail_protocols
     from dovetail_data.loader import PlanDataset
 
-__all__ = ["Plan", "Positions", "plan"]
+__all__ = ["Plan", "Positions", "Shuffle", "plan"]
 
 Positions: TypeAlias = Literal["restart", "continue"]
+Shuffle: TypeAlias = Literal["rows", "documents"]
+_ROW_STREAMS = 2**63  # epochs number the permutations of documents, these and what follows those of rows
 
 
 def plan(
@@ -38,6 +42,7 @@ def plan(
     skip: Iterable[Sequence[int]] = (),
     positions: Positions = "restart",
     across_documents: bool = False,
+    shuffle: Shuffle = "rows",
 ) -> "Plan":
     """Return the plan that trains on a cache, or on a view of it.
 
@@ -53,6 +58,8 @@ def plan(
             where the row before left a document that was cut, so a position is the token's place in its document.
         across_documents: whether the first token of a document is a target. By default it has weight 0: nothing that
             comes before it tells what it is. The end token belongs to its document and always is a target.
+        shuffle: ``rows`` also shuffles the rows that the documents were cut into, an epoch's worth at a time, so that
+            the rows of a batch come from different documents; ``documents`` keeps a long document's rows together.
 
     Raises:
         ValueError: an argument out of range, or a source with fewer than two tokens.
@@ -66,6 +73,7 @@ def plan(
         skip=skip,
         positions=positions,
         across_documents=across_documents,
+        shuffle=shuffle,
     )
 
 
@@ -81,6 +89,7 @@ class Plan:
         skips: ranges of steps that are left out.
         positions: how positions count.
         across_documents: whether the first token of a document is a target.
+        shuffle: what is shuffled.
     """
 
     def __init__(
@@ -94,6 +103,7 @@ class Plan:
         skip: Iterable[Sequence[int]] = (),
         positions: Positions = "restart",
         across_documents: bool = False,
+        shuffle: Shuffle = "rows",
     ) -> None:
         self.source = source
         self.seq_len = _at_least("seq_len", seq_len, 1)
@@ -103,8 +113,10 @@ class Plan:
         self.skips = Skips(merged(skip))
         self.positions = positions
         self.across_documents = bool(across_documents)
-        if positions not in get_args(Positions):
-            raise ValueError(f"positions={positions!r}; expected one of {get_args(Positions)}")
+        self.shuffle = shuffle
+        for name, value, known in (("positions", positions, Positions), ("shuffle", shuffle, Shuffle)):
+            if value not in get_args(known):
+                raise ValueError(f"{name}={value!r}; expected one of {get_args(known)}")
         if self.seed >= 2**64:
             raise ValueError(f"seed={seed}; expected 0 to 2**64 - 1")
         if source.tokens < 2:
@@ -112,12 +124,14 @@ class Plan:
         if source.vocab_size > 2**31 or (positions == "continue" and source.lengths.max() > 2**31):
             raise ValueError("token ids and positions are int32; expected at most 2**31 ids and tokens per document")
         self._stream = Stream(source, self.seed)
+        self._block = max(1, (source.tokens - 1) // self.seq_len)  # whole blocks fit into any number of epochs
 
     @property
     def fingerprint(self) -> str:
         """What the batches depend on, as ``name=value`` parts (not `epochs`, which only says where to end)."""
         data = f"data={self.source.fingerprint} seed={self.seed} seq_len={self.seq_len} batch={self.batch}"
-        return f"{data} positions={self.positions} across_documents={self.across_documents} skip={self.skips}"
+        options = f"positions={self.positions} across_documents={self.across_documents} shuffle={self.shuffle}"
+        return f"{data} {options} skip={self.skips}"
 
     @property
     def steps_per_epoch(self) -> float:
@@ -136,8 +150,7 @@ class Plan:
     def at(self, step: int) -> "dovetail_protocols.LMBatch":
         """Return the batch of a step: NumPy arrays of shape ``[batch, seq_len]``.
 
-        Segments are numbered from 1 in each row; 0 is padding, which only the last batch of a finite plan has. `tokens`
-        and `targets` are read-only views of the same memory.
+        Segments are numbered from 1 in each row; 0 is padding, which only the last batch of a finite plan has.
 
         Raises:
             IndexError: `step` is negative or past the end of a finite plan.
@@ -161,8 +174,7 @@ class Plan:
             IndexError: the plan has no such step.
         """
         raw = self._raw(step)
-        rows = [self._stream.pieces(*self._span(raw * self.batch + row, 1)) for row in range(self.batch)]
-        return explain(self.source, operator.index(step), raw, rows)
+        return explain(self.source, operator.index(step), raw, self._pieces(raw * self.batch, self.batch))
 
     def loader(
         self, *, start_step: int = 0, process_index: int = 0, process_count: int = 1, prefetch: int = 2
@@ -198,16 +210,41 @@ class Plan:
             raise IndexError(f"step {number}; this plan has the steps {end}")
         return self.skips.raw(number)
 
-    def _span(self, row: int, count: int) -> tuple[int, int]:
-        """Return the range of the stream that some rows cover."""
-        stop = (row + count) * self.seq_len + 1
-        return row * self.seq_len, stop if self.epochs is None else min(stop, self.epochs * self.source.tokens)
-
     def _rows(self, row: int, count: int) -> "dovetail_protocols.LMBatch":
-        pieces = self._stream.pieces(*self._span(row, count))
-        tokens = self.source.gather(pieces.documents, pieces.starts, pieces.stops).astype(np.int32)
+        rows = self._pieces(row, count)
+        documents, starts, stops, _ = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+        tokens = self.source.gather(documents, starts, stops).astype(np.int32)
         restart = self.positions == "restart"
-        return assemble(tokens, pieces, rows=count, seq_len=self.seq_len, restart=restart, across=self.across_documents)
+        return assemble(tokens, rows, seq_len=self.seq_len, restart=restart, across=self.across_documents)
+
+    def _pieces(self, row: int, count: int) -> list[Pieces]:
+        """Return the pieces of some rows, each with its T+1 tokens."""
+        return [self._stream.pieces(*self._span(place)) for place in self._places(row, count).tolist()]
+
+    def _span(self, row: int) -> tuple[int, int]:
+        """Return the range of the stream that a row covers."""
+        start, stop = row * self.seq_len, (row + 1) * self.seq_len + 1
+        return (start, stop) if self._end is None else (min(start, self._end), min(stop, self._end))
+
+    @property
+    def _end(self) -> int | None:
+        return None if self.epochs is None else self.epochs * self.source.tokens
+
+    def _places(self, row: int, count: int) -> Int64[np.ndarray, " rows"]:
+        """Return where in the stream some rows stand: a permutation of each block of an epoch's worth of rows.
+
+        What follows the last whole block of a finite plan stays in order, so that padding comes last.
+        """
+        rows = np.arange(row, row + count)
+        if self.shuffle == "documents":
+            return rows
+        blocks, places = np.divmod(rows, self._block)
+        for block in np.unique(blocks).tolist():
+            if self._end is None or (block + 1) * self._block * self.seq_len < self._end:
+                mine = blocks == block
+                order = Permutation(self._block, seed=self.seed, stream=_ROW_STREAMS + block)
+                rows[mine] = block * self._block + order(places[mine])
+        return rows
 
 
 def _at_least(name: str, value: Any, least: int) -> int:

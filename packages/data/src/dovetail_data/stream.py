@@ -51,6 +51,8 @@ class Stream:
             last = min(first + stop - start, self.source.tokens)
             parts.append(self._within(epoch, first, last))
             start += last - first
+        if not parts:
+            return Pieces(*(np.empty(0, np.int64) for _ in Pieces._fields))
         if len(parts) == 1:
             return parts[0]
         return Pieces(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
