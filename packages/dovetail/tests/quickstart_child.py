@@ -2,11 +2,19 @@
 
 import functools
 import os
+import resource
 import signal
 
 
-def invoke(words, log, fault=None):
-    """Run the command in this (child) process; `fault` is (stage, n): killed at the n-th save's stage."""
+def invoke(words, log, fault=None, largest_file=None):
+    """Run the command in this (child) process.
+
+    `fault` is (stage, n): killed at the n-th save's stage. `largest_file` makes writes beyond it fail, as a full disk
+    does.
+    """
+    if largest_file is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (largest_file, largest_file))
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1)
     os.dup2(out, 2)

@@ -17,10 +17,10 @@ CONTEXT = multiprocessing.get_context("forkserver")
 CONTEXT.set_forkserver_preload(["dovetail.stages", "matplotlib.figure"])
 
 
-def run(out, *extra, fault=None, kill_when=None, timeout=240):
+def run(out, *extra, fault=None, kill_when=None, largest_file=None, timeout=240):
     """Run the quickstart in a child; return its exit status (negative: the signal)."""
     words = ["quickstart", "--out", str(out), "--preset", "tiny", "--steps", str(STEPS), *extra]
-    child = CONTEXT.Process(target=invoke, args=(words, str(out) + ".log", fault))
+    child = CONTEXT.Process(target=invoke, args=(words, str(out) + ".log", fault, largest_file))
     child.start()
     limit = time.monotonic() + timeout
     while child.is_alive() and time.monotonic() < limit:
@@ -139,6 +139,29 @@ def test_ctrl_c_leaves_a_run_that_resumes(corpus, whole, tmp_path):
     assert "--resume" in shown
     assert run(out, "--resume") == 0
     same(out, whole)
+
+
+@pytest.mark.slow
+def test_a_full_disk_leaves_a_run_that_resumes(corpus, whole, tmp_path):
+    """Breaks when an error of the disk ends in a traceback, a half-written file that counts, or other numbers."""
+    out = tmp_path / "run"
+    assert run(out, "--corpus", str(corpus), largest_file=700_000) == 2
+    shown = Path(str(out) + ".log").read_text()
+    assert "error: " in shown
+    assert run(out, "--resume") == 0, Path(str(out) + ".log").read_text()
+    same(out, whole)
+
+
+def test_the_printed_next_steps_work(whole, capsys):
+    """Breaks when the first thing that a user copies from the screen fails."""
+    from dovetail.cli import main
+
+    shown = Path(str(whole) + ".log").read_text()
+    found = re.findall(r"^  [\w ]+: dovetail (checkpoint .*|data .*)$", shown, re.MULTILINE)
+    assert len(found) == 3
+    for command in found:
+        assert main(command.split()) == 0, command
+    assert "good  step 40" in capsys.readouterr().out
 
 
 def test_an_existing_run_is_refused(whole):

@@ -89,7 +89,8 @@ def _run(name: tuple[str, ...], point: importlib.metadata.EntryPoint, words: lis
         return 2
     try:
         default, words = _config_file(kind, words)
-        command = tyro.cli(kind, args=words, prog=prog, default=default)
+        markers = (tyro.conf.PositionalRequiredArgs,)
+        command = tyro.cli(kind, args=words, prog=prog, default=default, config=markers)
         return command.run() or 0
     except (CommandError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
