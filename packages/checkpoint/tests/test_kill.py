@@ -119,12 +119,19 @@ def test_one_process_saves_at_a_time(tmp_path):
 
 
 def test_a_script_that_ends_without_close(tmp_path):
-    """A save that runs when the interpreter ends is committed; Orbax alone hangs there for 20 minutes."""
+    """A save that runs when the interpreter ends is committed; Orbax alone hangs there for 20 minutes.
+
+    Python 3.12 starts no threads then, which Orbax needs: the process ends at once, with an error, one step behind.
+    """
     code = (
         "import sys, numpy as np; from dovetail_checkpoint import Manager\n"
         "m = Manager(sys.argv[1]); m.save(1, {'x': np.ones(1)}); m.wait(); m.save(2, {'x': np.ones(1 << 20)})\n"
     )
-    subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], timeout=90, check=False, env=_cpu(), capture_output=True
-    )
-    assert Manager(tmp_path).restore().step == 2
+    words = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(words, timeout=90, check=False, env=_cpu(), capture_output=True, text=True)
+    if sys.version_info[:2] == (3, 12) and done.returncode:
+        assert done.returncode == 1
+        assert "call close()" in done.stderr
+        assert Manager(tmp_path).restore().step == 1
+    else:
+        assert Manager(tmp_path).restore().step == 2

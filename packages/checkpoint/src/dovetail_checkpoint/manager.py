@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from dovetail_checkpoint import _files, _json
 from dovetail_checkpoint._commit import Job, finish
-from dovetail_checkpoint._exit import before_shutdown
+from dovetail_checkpoint._exit import before_shutdown, give_up
 from dovetail_checkpoint.errors import CorruptCheckpointError
 from dovetail_checkpoint.keep import Policy, latest
 from dovetail_checkpoint.manifest import verify as verify_step
@@ -167,7 +167,8 @@ class Manager:
             if manager is not None:
                 manager._join()
                 if manager._error is not None:
-                    _LOG.error("a save failed and nobody waited for it", exc_info=manager._error)
+                    _LOG.error("a save failed and nobody waited for it; call close()", exc_info=manager._error)
+                    give_up()
 
         before_shutdown(finish)
 
