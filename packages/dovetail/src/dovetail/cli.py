@@ -77,8 +77,6 @@ def _unknown(words: list[str], known: dict[tuple[str, ...], importlib.metadata.E
 
 
 def _run(name: tuple[str, ...], point: importlib.metadata.EntryPoint, words: list[str]) -> int:
-    import tyro
-
     from dovetail_protocols import CommandError
 
     prog = f"dovetail {' '.join(name)}"
@@ -88,13 +86,21 @@ def _run(name: tuple[str, ...], point: importlib.metadata.EntryPoint, words: lis
         print(f"error: {prog} needs a package that is not installed ({error}); install its extra", file=sys.stderr)
         return 2
     try:
-        default, words = _config_file(kind, words)
-        markers = (tyro.conf.PositionalRequiredArgs,)
-        command = tyro.cli(kind, args=words, prog=prog, default=default, config=markers)
-        return command.run() or 0
+        return _parsed(kind, words, prog).run() or 0
     except (CommandError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def _parsed(kind: type[Any], words: list[str], prog: str) -> Any:
+    """Return the command that the words describe; what its dataclass refuses is the user's error."""
+    import tyro
+
+    default, words = _config_file(kind, words)
+    try:
+        return tyro.cli(kind, args=words, prog=prog, default=default, config=(tyro.conf.PositionalRequiredArgs,))
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
 
 
 def _config_file(kind: type[Any], words: list[str]) -> tuple[Any, list[str]]:
