@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 __all__ = ["Quickstart"]
 
-PROMPTS = ("def __init__(self, ", "import os\n", "class ")
+PROMPTS = ("def __init__(self", "import os\n", "class")
 LEAST_STEPS = 20
 Pair: TypeAlias = tuple[str, str]
 
