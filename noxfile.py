@@ -133,7 +133,7 @@ def tests(session: nox.Session, package: str) -> None:
         install_lowest(session, package)
     else:
         sync(session, "--package", distribution(package), "--all-extras", "--group=test")
-    session.run("pytest", f"packages/{package}/tests", *session.posargs)
+    session.run("pytest", f"packages/{package}", *session.posargs)
 
 
 @nox.session(python=NEWEST, reuse_venv=False)

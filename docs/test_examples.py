@@ -1,4 +1,4 @@
-"""Every Python block of the site, of the READMEs and of the guides at the root runs as it is written."""
+"""Every Python block of the site and of the guides at the root runs as it is written."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from sybil import Document
 from sybil.parsers.markdown import PythonCodeBlockParser
 
 ROOT = Path(__file__).parents[1]
-PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("packages/*/README.md")]
+PAGES = [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")]
 WITH_EXAMPLES = sorted(page for page in PAGES if "```python" in page.read_text())
 
 

@@ -1,12 +1,16 @@
-"""Settings of every package's tests: strict dtypes, eight CPU devices, and the fixture for long counts."""
+"""Settings of every package's tests: strict dtypes, eight CPU devices, long counts on demand, examples as tests."""
 
 import os
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import jax
 import pytest
+from sybil import Sybil
+from sybil.parsers.markdown import PythonCodeBlockParser
+from sybil.parsers.rest import DocTestParser
 
 jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -16,3 +20,19 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 def soak() -> bool:
     """Whether the long counts run (nox -s soak); the default run takes about a tenth."""
     return os.environ.get("DOVETAIL_SOAK") == "1"
+
+
+@pytest.fixture(scope="module")
+def reader(tmp_path_factory):
+    """A directory for the relative paths and temporary files of a document's examples."""
+    where = tmp_path_factory.mktemp("reader")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(where)
+        patch.setattr(tempfile, "tempdir", str(where))
+        yield
+
+
+pytest_collect_file = (
+    Sybil([PythonCodeBlockParser()], filenames=["README.md"], fixtures=["reader"])
+    + Sybil([DocTestParser()], patterns=["src/*/*.py", "src/*/*/*.py"], fixtures=["reader"])
+).pytest()

@@ -38,7 +38,7 @@ def pretrain(corpus: data.Corpus, out: Path, steps: int, *, seed: int = 0, **mes
     """Train a small Llama, save checkpoints, export the result; continue where an earlier call ended."""
     tokenizer, cache = tokens(corpus, out)
     training, held_out = cache.split(0.1, seed=seed)
-    plan = data.plan(training, seq_len=SEQ_LEN, batch=BATCH, seed=seed)
+    plan = data.Plan(training, seq_len=SEQ_LEN, batch=BATCH, seed=seed)
     loader = iter(plan.loader(process_index=jax.process_index(), process_count=jax.process_count()))
 
     config = models.LlamaConfig(vocab_size=tokenizer.vocab_size, features=64, hidden=176, layers=2, heads=4, kv_heads=2)
@@ -49,7 +49,7 @@ def pretrain(corpus: data.Corpus, out: Path, steps: int, *, seed: int = 0, **mes
     mesh = runtime.mesh(**mesh_axes) if mesh_axes else None
     trainer = train.Trainer(params, loss, optimizer, mesh=mesh, rules=runtime.DATA if mesh else None)
 
-    valid = data.plan(held_out, seq_len=SEQ_LEN, batch=BATCH, seed=0, epochs=1)
+    valid = data.Plan(held_out, seq_len=SEQ_LEN, batch=BATCH, seed=0, epochs=1)
     evaluate = train.Evaluate(jax.jit(loss), lambda: _local(valid.at(0)), every=steps)
     with checkpoint.Manager(out / "checkpoints") as checkpoints:
         start = trainer.restore(checkpoints, data=loader) if checkpoints.steps() else 0

@@ -6,7 +6,7 @@ import re
 import pytest
 import tokenizers
 
-from dovetail_data import plan
+from dovetail_data import Plan
 from dovetail_data.commands import Show, Stats
 from dovetail_protocols import CommandError
 
@@ -36,7 +36,7 @@ def test_show_prints_the_batch_of_the_plan(cache, capsys):
     """The tokens printed are those trained on."""
     Show(cache.directory, step=3, seq_len=20, batch=4, seed=5, row=2).run()
     out = capsys.readouterr().out
-    batch = plan(cache, seq_len=20, batch=4, seed=5).at(3)
+    batch = Plan(cache, seq_len=20, batch=4, seed=5).at(3)
     printed = re.findall(r"^    ([\d ]+)$", out, re.MULTILINE)
     tokens = [int(token) for line in printed for token in line.split()]
     assert tokens == [*batch.tokens[2].tolist(), int(batch.targets[2, -1])]
@@ -52,8 +52,8 @@ def test_show_prints_text_and_sides_of_a_split(cache, capsys, tmp_path):
     Show(cache.directory, seq_len=10, batch=2, tokenizer=tmp_path, part="validation", validation=0.25).run()
     out = capsys.readouterr().out
     _, held = cache.split(0.25)
-    assert plan(held, seq_len=10, batch=2, seed=0).fingerprint in out
-    first = int(plan(held, seq_len=10, batch=2, seed=0).at(0).tokens[0, 0])
+    assert Plan(held, seq_len=10, batch=2, seed=0).fingerprint in out
+    first = int(Plan(held, seq_len=10, batch=2, seed=0).at(0).tokens[0, 0])
     assert f"<{first}>" in out
 
 

@@ -11,7 +11,7 @@ from data_toys import Arrays
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dovetail_data import plan
+from dovetail_data import Plan
 from dovetail_protocols.testing import check_host_split, check_loader, check_loader_follows_plan
 
 OPTIONS = {"seq_len": 6, "batch": 24}
@@ -19,7 +19,7 @@ OPTIONS = {"seq_len": 6, "batch": 24}
 
 @pytest.fixture
 def made(source):
-    return plan(source, **OPTIONS, seed=0)
+    return Plan(source, **OPTIONS, seed=0)
 
 
 def take(iterator, count):
@@ -41,7 +41,7 @@ def test_prefetch_never_changes_the_data(made, prefetch):
 
 def test_the_conformance_kit_accepts_it(source, made):
     """Whatever the trainer and the checkpointer rely on, with threads running ahead."""
-    other = plan(source, **OPTIONS, seed=1)
+    other = Plan(source, **OPTIONS, seed=1)
     for prefetch in (0, 3):
         check_loader(lambda p=prefetch: iter(made.loader(prefetch=p)), make_other=lambda: iter(other.loader()))
     check_loader_follows_plan(lambda: iter(made.loader()), made)
@@ -77,7 +77,7 @@ def test_a_state_of_four_processes_continues_on_any_number(made):
 @given(st.lists(st.tuples(st.sampled_from(["next", "save", "restore"]), st.integers(0, 5)), max_size=25))
 def test_any_sequence_of_saves_and_restores_continues_the_same_stream(actions):
     """A model of the loader: one number."""
-    made = plan(Arrays([5, 3, 8, 1]), seq_len=3, batch=2, seed=0)
+    made = Plan(Arrays([5, 3, 8, 1]), seq_len=3, batch=2, seed=0)
     iterator, step, saved = iter(made.loader(prefetch=2)), 0, [(0, {"step": 0, "fingerprint": made.fingerprint})]
     for action, index in actions:
         if action == "next":
@@ -95,7 +95,7 @@ def test_any_sequence_of_saves_and_restores_continues_the_same_stream(actions):
 @pytest.mark.parametrize("prefetch", [0, 2])
 def test_grains_own_checkpoint_assertion_passes(source, prefetch):
     """The peer's definition of a checkpointable dataset."""
-    finite = plan(source, seq_len=6, batch=4, seed=0, epochs=1)
+    finite = Plan(source, seq_len=6, batch=4, seed=0, epochs=1)
     grain.experimental.assert_equal_output_after_checkpoint(finite.loader(prefetch=prefetch))
 
 
@@ -119,7 +119,7 @@ def test_it_composes_with_grain(made):
 
 def test_a_finite_plan_ends_and_stays_ended(source):
     """Prefetch must not run past the end."""
-    finite = plan(source, seq_len=6, batch=4, seed=0, epochs=1)
+    finite = Plan(source, seq_len=6, batch=4, seed=0, epochs=1)
     iterator = iter(finite.loader(prefetch=4))
     assert len(list(iterator)) == finite.steps
     with pytest.raises(StopIteration):
@@ -141,7 +141,7 @@ def test_no_thread_is_left_behind(source, made, end):
     assert len(our_threads()) > before
     if end == "error":
         with pytest.raises(ValueError, match="another plan"):
-            iterator.set_state({"step": 0, "fingerprint": plan(source, **OPTIONS, seed=9).fingerprint})
+            iterator.set_state({"step": 0, "fingerprint": Plan(source, **OPTIONS, seed=9).fingerprint})
     if end == "garbage":
         del iterator
     else:
@@ -167,7 +167,7 @@ def test_an_error_while_reading_reaches_the_consumer_and_can_be_retried():
                 raise OSError("storage is away")
             return super().gather(documents, starts, stops)
 
-    made = plan(Flaky([50, 60]), seq_len=4, batch=2, seed=0)
+    made = Plan(Flaky([50, 60]), seq_len=4, batch=2, seed=0)
     iterator = iter(made.loader(prefetch=1))
     next(iterator)
     Flaky.fails = 4
@@ -209,7 +209,7 @@ DIFFERENT = [
 def test_a_state_of_another_plan_is_refused_and_the_difference_named(source, made, change, message):
     """A silently different stream is the worst outcome of a restart."""
     state = iter(made.loader()).get_state()
-    other = plan(source, **({**OPTIONS, "seed": 0} | change))
+    other = Plan(source, **({**OPTIONS, "seed": 0} | change))
     with pytest.raises(ValueError, match=message):
         iter(other.loader()).set_state(state)
 
@@ -217,20 +217,20 @@ def test_a_state_of_another_plan_is_refused_and_the_difference_named(source, mad
 def test_a_state_of_other_data_is_refused(source, made):
     """The corpus changed by a byte: the same step is other text."""
     state = iter(made.loader()).get_state()
-    other = plan(Arrays(source.lengths, "changed"), **OPTIONS, seed=0)
+    other = Plan(Arrays(source.lengths, "changed"), **OPTIONS, seed=0)
     with pytest.raises(ValueError, match="data is arrays there and changed here"):
         iter(other.loader()).set_state(state)
 
 
 def test_skip_ranges_can_be_added_after_a_save_but_not_before_it(source):
     """Saved at step 10, spike at step 12: leave 11 to 14 out and go on. What lies before must be as it was."""
-    plans = {text: plan(source, **OPTIONS, seed=0, skip=text) for text in (((2, 4),), ((2, 4), (12, 15)), ((5, 7),))}
+    plans = {text: Plan(source, **OPTIONS, seed=0, skip=text) for text in (((2, 4),), ((2, 4), (12, 15)), ((5, 7),))}
     first, later, other = plans.values()
     iterator = iter(first.loader(prefetch=0, start_step=10))
     state = iterator.get_state()
     again = iter(later.loader(prefetch=0))
     again.set_state(state)
-    np.testing.assert_equal(next(again), plan(source, **OPTIONS, seed=0).at(15))
+    np.testing.assert_equal(next(again), Plan(source, **OPTIONS, seed=0).at(15))
     with pytest.raises(ValueError, match="left out the steps 2-4 and this plan leaves out 5-7"):
         iter(other.loader()).set_state(state)
     state = {**state, "step": 11}

@@ -7,7 +7,7 @@ from data_toys import Arrays
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dovetail_data import Permutation, plan
+from dovetail_data import Permutation, Plan
 from dovetail_protocols.testing import check_plan
 
 FIELDS = ("tokens", "targets", "loss_weights", "positions", "segment_ids")
@@ -72,7 +72,7 @@ def test_every_batch_is_that_of_the_brute_force_stream(lengths, seq_len, batch, 
     """Tokens, targets, weights, positions and segments of every step, padding at the end included."""
     source = Arrays(lengths)
     options = {"seq_len": seq_len, "batch": batch, "seed": seed, "epochs": epochs, "positions": positions}
-    made = plan(source, **options, across_documents=across, shuffle="documents")
+    made = Plan(source, **options, across_documents=across, shuffle="documents")
     elements = stream(source, seed, epochs)
     expected = brute_rows(elements, seq_len, made.steps * batch, positions, across)
     got = [made.at(step) for step in range(made.steps)]
@@ -81,7 +81,7 @@ def test_every_batch_is_that_of_the_brute_force_stream(lengths, seq_len, batch, 
         assert whole.dtype == expected[name].dtype
         np.testing.assert_array_equal(whole, expected[name], err_msg=name)
     assert (made.steps - 1) * batch * seq_len < len(elements) - 1 <= made.steps * batch * seq_len
-    shuffled = plan(source, **options, across_documents=across)
+    shuffled = Plan(source, **options, across_documents=across)
     got = [shuffled.at(step) for step in range(shuffled.steps)]
     order = shuffled_rows(source, seq_len, seed, epochs, made.steps * batch)
     for name in FIELDS:
@@ -95,12 +95,12 @@ def test_every_token_is_a_target_exactly_once_per_epoch(lengths, seq_len, batch)
     """The stream's very first token aside; an epoch neither loses nor repeats a document."""
     source = Arrays(lengths)
     options = {"seq_len": seq_len, "batch": batch, "seed": 1, "epochs": 2}
-    made = plan(source, **options, across_documents=True)
+    made = Plan(source, **options, across_documents=True)
     parts = [made.at(step) for step in range(made.steps)]
     targets = np.concatenate([p.targets[p.loss_weights == 1] for p in parts])
-    first = plan(source, **options, shuffle="documents").at(0).tokens[0, 0]
+    first = Plan(source, **options, shuffle="documents").at(0).tokens[0, 0]
     assert sorted([first, *targets]) == sorted([*range(source.tokens)] * 2)
-    usual = plan(source, **options)
+    usual = Plan(source, **options)
     weights = sum(float(usual.at(step).loss_weights.sum()) for step in range(usual.steps))
     assert weights == 2 * (source.tokens - np.count_nonzero(source.lengths))
 
@@ -113,15 +113,15 @@ def test_rows_of_a_batch_come_from_many_documents():
     def documents(made, step):
         return len({piece.document for row in made.explain(step).rows for piece in row})
 
-    apart, together = plan(source, **options), plan(source, **options, shuffle="documents")
+    apart, together = Plan(source, **options), Plan(source, **options, shuffle="documents")
     assert min(documents(apart, step) for step in range(25)) >= 10
     assert max(documents(together, step) for step in range(25)) <= 4
 
 
 def test_a_plan_without_end_has_the_same_batches_as_a_finite_one(source):
     """`epochs` says where to end and nothing else."""
-    finite = plan(source, seq_len=5, batch=3, seed=2, epochs=3)
-    endless = plan(source, seq_len=5, batch=3, seed=2)
+    finite = Plan(source, seq_len=5, batch=3, seed=2, epochs=3)
+    endless = Plan(source, seq_len=5, batch=3, seed=2)
     assert endless.steps is None
     assert finite.fingerprint == endless.fingerprint
     whole_blocks = 3 * ((source.tokens - 1) // 5) // 3
@@ -135,13 +135,13 @@ def test_a_plan_without_end_has_the_same_batches_as_a_finite_one(source):
 
 def test_far_steps_cost_no_more_and_do_not_overflow(source):
     """Step 10**15 of an endless plan: token positions beyond int32 and near the end of int64."""
-    made = plan(source, seq_len=64, batch=8, seed=0, shuffle="documents")
+    made = Plan(source, seq_len=64, batch=8, seed=0, shuffle="documents")
     step = 10**15
     batch = made.at(step)
     piece = made.explain(step).rows[0][0]
     assert piece.epoch == step * 8 * 64 // source.tokens
     assert batch.tokens[0, 0] == source.starts[piece.document] + piece.start
-    shuffled = plan(source, seq_len=64, batch=8, seed=0)
+    shuffled = Plan(source, seq_len=64, batch=8, seed=0)
     piece = shuffled.explain(step).rows[0][0]
     assert shuffled.at(step).tokens[0, 0] == source.starts[piece.document] + piece.start
 
@@ -159,13 +159,13 @@ def test_offsets_beyond_32_bits_are_right():
             return 97
 
     source = Huge([3_000_000_000, 5_000_000_000])
-    made = plan(source, seq_len=1000, batch=2, seed=0, shuffle="documents")
+    made = Plan(source, seq_len=1000, batch=2, seed=0, shuffle="documents")
     step = 7_999_999_000 // 2000
     rows = made.explain(step).rows
     assert rows[0][0].stop > 2**31
     assert made.at(step).tokens[0, 0] == rows[0][0].start % 97
     with pytest.raises(ValueError, match="int32"):
-        plan(source, seq_len=1000, batch=2, seed=0, positions="continue")
+        Plan(source, seq_len=1000, batch=2, seed=0, positions="continue")
 
 
 def test_the_rows_are_those_of_grains_concat_then_split(source):
@@ -177,7 +177,7 @@ def test_the_rows_are_those_of_grains_concat_then_split(source):
         grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     )
     peer = list(grain.experimental.ConcatThenSplitIterDataset(parent, length_struct={"tokens": seq_len}))
-    made = plan(source, seq_len=seq_len, batch=1, seed=4, epochs=1, positions="continue", shuffle="documents")
+    made = Plan(source, seq_len=seq_len, batch=1, seed=4, epochs=1, positions="continue", shuffle="documents")
     for row in range(source.tokens // seq_len - 1):
         batch = made.at(row)
         np.testing.assert_array_equal(batch.tokens[0], peer[row]["tokens"])
@@ -188,16 +188,16 @@ def test_the_rows_are_those_of_grains_concat_then_split(source):
 
 def test_epochs_differ_and_seeds_differ(source):
     """A shuffle that repeats itself each epoch is memorised."""
-    made = plan(source, seq_len=source.tokens, batch=1, seed=0)
+    made = Plan(source, seq_len=source.tokens, batch=1, seed=0)
     epochs = [made.at(step).tokens[0] for step in range(3)]
     assert len({tuple(epoch) for epoch in epochs}) == 3
     assert [sorted(epoch) for epoch in epochs] == [list(range(source.tokens))] * 3
-    assert plan(source, seq_len=9, batch=1, seed=1).at(0).tokens.tolist() != made.at(0).tokens[:, :9].tolist()
+    assert Plan(source, seq_len=9, batch=1, seed=1).at(0).tokens.tolist() != made.at(0).tokens[:, :9].tolist()
 
 
 def test_rows_of_a_step_are_slices_of_its_batch(source):
     """What a process reads of a batch."""
-    made = plan(source, seq_len=7, batch=6, seed=0, epochs=1)
+    made = Plan(source, seq_len=7, batch=6, seed=0, epochs=1)
     for step in range(made.steps):
         whole, part = made.at(step), made.rows_at(step, 2, 5)
         for name in FIELDS:
@@ -210,14 +210,14 @@ def test_rows_of_a_step_are_slices_of_its_batch(source):
 def test_skipped_steps_are_left_out_and_nothing_else_changes(source):
     """A skip names what was seen in the log; peers got relative and absolute steps wrong (defect 12)."""
     options = {"seq_len": 5, "batch": 2, "seed": 0}
-    whole = plan(source, **options)
-    made = plan(source, **options, skip=[(7, 9), (2, 4), (4, 5)])
+    whole = Plan(source, **options)
+    made = Plan(source, **options, skip=[(7, 9), (2, 4), (4, 5)])
     for step, raw in enumerate([0, 1, 5, 6, 9, 10]):
         np.testing.assert_equal(made.at(step), whole.at(raw))
         explanation = made.explain(step)
         assert (explanation.step, explanation.raw_step) == (step, raw)
         assert explanation.rows == whole.explain(raw).rows
-    finite = plan(source, **options, epochs=1, skip=[(0, 2), (10, 10**6)])
+    finite = Plan(source, **options, epochs=1, skip=[(0, 2), (10, 10**6)])
     assert finite.steps == 8
     with pytest.raises(IndexError, match="0 to 7"):
         finite.at(8)
@@ -225,7 +225,7 @@ def test_skipped_steps_are_left_out_and_nothing_else_changes(source):
 
 def test_explain_names_the_documents_of_every_token(cache):
     """The question after a loss spike: what was in this batch?"""
-    made = plan(cache, seq_len=30, batch=4, seed=0)
+    made = Plan(cache, seq_len=30, batch=4, seed=0)
     for step in range(12):
         batch, explanation = made.at(step), made.explain(step)
         for row, pieces in enumerate(explanation.rows):
@@ -241,7 +241,7 @@ def test_explain_names_the_documents_of_every_token(cache):
 
 def test_the_end_token_is_a_target_and_a_first_token_is_not(cache):
     """A model that never learns to end writes for ever."""
-    made = plan(cache, seq_len=50, batch=4, seed=0, epochs=1)
+    made = Plan(cache, seq_len=50, batch=4, seed=0, epochs=1)
     batches = [made.at(step) for step in range(made.steps)]
     targets, weights, inputs = (
         np.concatenate([getattr(b, name).ravel() for b in batches]) for name in ("targets", "loss_weights", "tokens")
@@ -251,7 +251,7 @@ def test_the_end_token_is_a_target_and_a_first_token_is_not(cache):
     assert (weights[ends] == 1).all()
     assert ends.sum() > 25
     assert (weights[(inputs == cache.eos_id) & kept] == 0).all()
-    across = plan(cache, seq_len=50, batch=4, seed=0, epochs=1, across_documents=True)
+    across = Plan(cache, seq_len=50, batch=4, seed=0, epochs=1, across_documents=True)
     total = sum(across.at(step).loss_weights.sum() for step in range(across.steps))
     assert total == cache.tokens - 1
 
@@ -259,14 +259,14 @@ def test_the_end_token_is_a_target_and_a_first_token_is_not(cache):
 def test_the_conformance_kit_accepts_it(source):
     """Whatever the trainer relies on."""
     options = {"seq_len": 6, "batch": 4}
-    made, twin, other = (plan(source, **options, seed=seed) for seed in (0, 0, 1))
+    made, twin, other = (Plan(source, **options, seed=seed) for seed in (0, 0, 1))
     check_plan(made, twin=twin, other=other)
 
 
 @pytest.mark.parametrize("name", FIELDS)
 def test_writing_into_a_batch_reaches_no_other_array(source, name):
     """A batch is the caller's: no array shares memory with another, or with the next batch."""
-    made = plan(source, seq_len=6, batch=4, seed=0)
+    made = Plan(source, seq_len=6, batch=4, seed=0)
     before = [np.copy(leaf) for leaf in made.at(0)]
     batch = made.at(0)
     getattr(batch, name)[...] = 77
@@ -293,18 +293,18 @@ def test_writing_into_a_batch_reaches_no_other_array(source, name):
 def test_wrong_options_are_refused(source, options, message, untyped):
     """Each would fail later, or give data that nobody asked for."""
     with pytest.raises(ValueError, match=message):
-        plan(source, **({"seq_len": 4, "batch": 2, "seed": 0} | options))
+        Plan(source, **({"seq_len": 4, "batch": 2, "seed": 0} | options))
 
 
 def test_too_small_sources_and_steps_out_of_range_are_refused(source):
     """One token has no target; negative steps do not count from the end."""
     with pytest.raises(ValueError, match="has 1 tokens"):
-        plan(Arrays([1]), seq_len=4, batch=2, seed=0)
-    finite = plan(source, seq_len=4, batch=2, seed=0, epochs=1)
+        Plan(Arrays([1]), seq_len=4, batch=2, seed=0)
+    finite = Plan(source, seq_len=4, batch=2, seed=0, epochs=1)
     for step in (-1, finite.steps):
         with pytest.raises(IndexError, match=f"step {step}; this plan has the steps 0 to {finite.steps - 1}"):
             finite.at(step)
     with pytest.raises(IndexError, match="0 or more"):
-        plan(source, seq_len=4, batch=2, seed=0).explain(-1)
+        Plan(source, seq_len=4, batch=2, seed=0).explain(-1)
     with pytest.raises(TypeError):
         finite.at(1.0)

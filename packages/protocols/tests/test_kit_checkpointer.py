@@ -39,7 +39,7 @@ class Good:
         kind = "jax" if isinstance(leaf, jax.Array) else "array" if isinstance(leaf, np.ndarray) else "number"
         return (kind, None, np.array(leaf, copy=True) if kind != "number" else leaf)
 
-    def save(self, step, state, *, data=None, meta=None):
+    def save(self, step, state, *, data=None, meta=None, metrics=None):
         self.wait()
         if step in self.steps():
             raise ValueError(f"step {step} exists")
@@ -144,7 +144,7 @@ class CapturesValuesLate(Good):
 
 
 class CapturesMetaLate(Good):
-    def save(self, step, state, *, data=None, meta=None):
+    def save(self, step, state, *, data=None, meta=None, metrics=None):
         super().save(step, state, data=data, meta=meta)
         self.wait()
         self.late = (self.where / f"step-{step}" / "meta.json", meta or {})
@@ -161,7 +161,7 @@ class IgnoresDataPosition(Good):
 
 
 class DataPositionIsLive(Good):
-    def save(self, step, state, *, data=None, meta=None):
+    def save(self, step, state, *, data=None, meta=None, metrics=None):
         super().save(step, state, meta=meta)
         self.wait()
         self.live = (step, data)

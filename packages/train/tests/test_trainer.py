@@ -36,9 +36,11 @@ class Memory:
 
     def __init__(self):
         self.saved = {}
+        self.metrics = {}
 
-    def save(self, step, state, *, data=None, meta=None):
+    def save(self, step, state, *, data=None, meta=None, metrics=None):
         assert step not in self.saved
+        self.metrics[step] = dict(metrics)
         self.saved[step] = (jax.device_get(state._replace(key=None)), data.get_state() if data else None, meta or {})
 
     def restore(self, like=None, *, data=None, step=None):
@@ -162,6 +164,26 @@ def test_scalars_and_evaluation_join_the_metrics(tmp_path):
     mean = sum(float(o.sum) for o in outputs) / sum(float(o.weight) for o in outputs)
     assert valid[3]["valid/loss"] == pytest.approx(mean, rel=1e-6)
     assert valid[3]["valid/double"] == 2 * valid[3]["valid/loss"]
+
+
+def test_a_save_knows_the_metrics_of_its_step():
+    """A policy that keeps the best steps sees another step's numbers, or none."""
+    seen, store, subject = {}, Memory(), trainer()
+
+    class Sink:
+        def metrics(self, step, values):
+            seen.setdefault(step, {}).update(values)
+
+        def timings(self, step, values): ...
+
+        def close(self): ...
+
+    definition, _ = tiny()
+    evaluation = Evaluate(jax.jit(next_token(definition)), lambda: [batch_of(100)], 2)
+    subject.fit(Batches(), 6, sinks=[Sink()], hooks=[evaluation, Checkpoint(store, 3)])
+    assert store.metrics == {3: seen[3], 6: seen[6]}
+    assert "valid/loss" in store.metrics[6]
+    assert "valid/loss" not in store.metrics[3]
 
 
 def test_stopping_does_not_add_an_evaluation(tmp_path):

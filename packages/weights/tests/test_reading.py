@@ -1,3 +1,4 @@
+import copy
 import json
 import math
 
@@ -142,9 +143,9 @@ def mutants(draw):
         item = header[draw(st.sampled_from(sorted(header)))]
         key = draw(st.sampled_from(["dtype", "shape", "data_offsets"]))
         if isinstance(item.get(key), list) and item[key] and draw(st.booleans()):
-            item[key][draw(st.integers(0, len(item[key]) - 1))] = draw(VALUES)
+            item[key][draw(st.integers(0, len(item[key]) - 1))] = copy.deepcopy(draw(VALUES))
         else:
-            item[key] = draw(VALUES)
+            item[key] = copy.deepcopy(draw(VALUES))
     content = bytearray(raw(header, data))
     kind = draw(st.sampled_from(["fields", "fields", "flip", "cut", "grow"]))
     if kind == "flip":

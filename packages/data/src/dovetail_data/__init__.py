@@ -10,7 +10,7 @@ from dovetail_data.cache import TokenCache
 from dovetail_data.corpus import Corpus, Document, Summary, concatenate, from_documents
 from dovetail_data.explain import Explanation, Piece
 from dovetail_data.permutation import Permutation
-from dovetail_data.planning import Plan, plan
+from dovetail_data.planning import Plan
 from dovetail_data.sources import jsonl, open_corpus, parquet, text_files
 from dovetail_data.stdlib import python_corpus
 from dovetail_data.tokens import TokenSource, TokenView
@@ -36,7 +36,6 @@ __all__ = [
     "jsonl",
     "open_corpus",
     "parquet",
-    "plan",
     "python_corpus",
     "text_files",
     "token_counts",

@@ -82,12 +82,12 @@ class Show:
 
     def run(self) -> int:
         """Print it; a bad option is a user error."""
-        from dovetail_data.planning import plan
+        from dovetail_data.planning import Plan
         from dovetail_protocols import CommandError
 
         try:
             source = self._source(_open(self.directory, "sizes"))
-            chosen = plan(source, seq_len=self.seq_len, batch=self.batch, seed=self.seed)
+            chosen = Plan(source, seq_len=self.seq_len, batch=self.batch, seed=self.seed)
             explanation, batch = chosen.explain(self.step), chosen.at(self.step)
             numbers = range(self.batch) if self.row is None else [range(self.batch)[self.row]]
         except (ValueError, IndexError) as error:

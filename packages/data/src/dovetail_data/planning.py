@@ -25,26 +25,15 @@ if TYPE_CHECKING:
     import dovetail_protocols
     from dovetail_data.loader import PlanDataset
 
-__all__ = ["Plan", "Positions", "Shuffle", "plan"]
+__all__ = ["Plan", "Positions", "Shuffle"]
 
 Positions: TypeAlias = Literal["restart", "continue"]
 Shuffle: TypeAlias = Literal["rows", "documents"]
 _ROW_STREAMS = 2**63  # epochs number the permutations of documents, these and what follows those of rows
 
 
-def plan(
-    source: TokenSource,
-    *,
-    seq_len: int,
-    batch: int,
-    seed: int,
-    epochs: int | None = None,
-    skip: Iterable[Sequence[int]] = (),
-    positions: Positions = "restart",
-    across_documents: bool = False,
-    shuffle: Shuffle = "rows",
-) -> "Plan":
-    """Return the plan that trains on a cache, or on a view of it.
+class Plan:
+    """The batches of all steps of training on a cache, or on a view of it; every argument is an attribute.
 
     Args:
         source: where documents come from.
@@ -63,33 +52,6 @@ def plan(
 
     Raises:
         ValueError: an argument out of range, or a source with fewer than two tokens.
-    """
-    return Plan(
-        source,
-        seq_len=seq_len,
-        batch=batch,
-        seed=seed,
-        epochs=epochs,
-        skip=skip,
-        positions=positions,
-        across_documents=across_documents,
-        shuffle=shuffle,
-    )
-
-
-class Plan:
-    """The batches of all steps; made by `plan`.
-
-    Attributes:
-        source: where documents come from.
-        seq_len: T.
-        batch: rows per step.
-        seed: of the order.
-        epochs: None for a plan without end.
-        skips: ranges of steps that are left out.
-        positions: how positions count.
-        across_documents: whether the first token of a document is a target.
-        shuffle: what is shuffled.
     """
 
     def __init__(

@@ -23,7 +23,7 @@ def assemble(
         tokens: those of all rows, one row after the other.
         rows: the pieces of documents that each row is made of.
         seq_len: T.
-        restart: whether positions restart at each row (see `plan`).
+        restart: whether positions restart at each row (see `Plan`).
         across: whether the first token of a document is a target.
     """
     from dovetail_protocols import split_rows  # imports jax on use, which a tokenizing process has no use for

@@ -16,7 +16,7 @@ __all__ = ["TokenSource", "TokenView"]
 
 
 class TokenSource(abc.ABC):
-    """Documents as tokens, numbered from 0; what `plan` and `unigram_bits_per_byte` work on.
+    """Documents as tokens, numbered from 0; what `Plan` and `unigram_bits_per_byte` work on.
 
     A source of one's own implements the abstract members.
     """

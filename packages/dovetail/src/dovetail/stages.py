@@ -112,7 +112,7 @@ class Pretraining:
     def __init__(self, settings: Settings, tokenizer: dovetail_text.Tokenizer, cache: dovetail_data.TokenCache) -> None:
         self.settings = settings
         train, valid = cache.split(settings.validation, seed=settings.seed)
-        plan = functools.partial(dovetail_data.plan, seq_len=settings.seq_len, batch=settings.batch)
+        plan = functools.partial(dovetail_data.Plan, seq_len=settings.seq_len, batch=settings.batch)
         self.train_view, self.train_plan = train, plan(train, seed=settings.seed)
         build = self._builder(tokenizer.vocab_size)
         self.definition, params = dovetail_models.split(build())

@@ -63,6 +63,7 @@ def init(build: Callable[[], M], mesh: Mesh, rules: Rules) -> M:
     The values are those of ``build()`` on every mesh, up to the rounding of the last bit. For errors see `placements`.
 
     >>> from flax import nnx
+    >>> from dovetail_models import Llama, LlamaConfig
     >>> from dovetail_runtime import FSDP, mesh
     >>> config = LlamaConfig(vocab_size=16, features=8, hidden=16, layers=1, heads=2)
     >>> model = init(lambda: Llama(config, rngs=nnx.Rngs(0)), mesh(fsdp=8), FSDP)

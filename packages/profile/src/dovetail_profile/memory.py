@@ -41,7 +41,7 @@ def memory(compiled: Any) -> Memory:
         TypeError: `compiled` is not a compiled program.
         ValueError: the backend gives no plan.
 
-    >>> import jax.numpy as jnp
+    >>> import jax, jax.numpy as jnp
     >>> memory(jax.jit(lambda x: x @ x).lower(jnp.ones((64, 64))).compile()).arguments
     16384
     """

@@ -1,5 +1,6 @@
 """Checkpointer: one atomic step for model, optimizer, data position and random keys."""
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 __all__ = ["Checkpointer", "Restored"]
@@ -23,7 +24,15 @@ class Restored(NamedTuple):
 class Checkpointer(Protocol):
     """Saves and restores steps. A step is visible in whole or not at all."""
 
-    def save(self, step: int, state: Any, *, data: Any = None, meta: dict[str, Any] | None = None) -> None:
+    def save(
+        self,
+        step: int,
+        state: Any,
+        *,
+        data: Any = None,
+        meta: dict[str, Any] | None = None,
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:
         """Begin to save a step; the values are those at the time of the call, whatever happens to them after.
 
         Args:
@@ -31,6 +40,7 @@ class Checkpointer(Protocol):
             state: a pytree of arrays (typed random keys included), numbers and None.
             data: a loader, whose `get_state` goes into the same step.
             meta: a JSON value.
+            metrics: numbers by name, for a policy that keeps the best steps; NaN is allowed.
 
         Raises:
             ValueError: the step exists.

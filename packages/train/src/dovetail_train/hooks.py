@@ -1,7 +1,7 @@
 """What happens between two steps: saving and evaluating."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 import jax
@@ -25,14 +25,17 @@ class Hook(Protocol):
         """Tell whether to be called after `step`; `end` says whether and why fit ends there."""
         ...
 
-    def __call__(self, trainer: "Trainer", step: int) -> dict[str, float]:
-        """Do it, with the trainer's state exactly that after `step`; returned values join the metrics of the step."""
+    def __call__(self, trainer: "Trainer", step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """Do it, with the trainer's state exactly that after `step`.
+
+        `metrics` are those of the step, what earlier hooks returned included; returned values join them.
+        """
         ...
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """Saves every `every` steps and where fit ends.
+    """Saves every `every` steps and where fit ends, with the metrics of the step for policies such as the best.
 
     Attributes:
         checkpointer: meets `dovetail_protocols.Checkpointer`.
@@ -54,10 +57,10 @@ class Checkpoint:
         """Every `every` steps and where fit ends, also when it was stopped early."""
         return step % self.every == 0 or end is not None
 
-    def __call__(self, trainer: "Trainer", step: int) -> dict[str, float]:
+    def __call__(self, trainer: "Trainer", step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Begin an asynchronous save, unless the step is saved already (a run that resumed at its last step)."""
         if step not in self.checkpointer.steps():
-            self.checkpointer.save(step, trainer.state, data=self.data, meta=self.meta)
+            self.checkpointer.save(step, trainer.state, data=self.data, meta=self.meta, metrics=metrics)
         return {}
 
 
@@ -116,9 +119,9 @@ class Evaluate:
         """Every `every` steps and at the planned end; not where a run is stopped, which must not change its metrics."""
         return step % self.every == 0 or end == "planned"
 
-    def __call__(self, trainer: "Trainer", step: int) -> dict[str, float]:
+    def __call__(self, trainer: "Trainer", step: int, metrics: Mapping[str, float]) -> dict[str, float]:
         """Evaluate the trainer's parameters."""
-        del step
+        del step, metrics
         means = evaluate(self.loss, trainer.state.params, self.batches(), put=trainer.put)
         means |= self.derive(means) if self.derive else {}
         return {f"{self.prefix}{name}": value for name, value in means.items()}

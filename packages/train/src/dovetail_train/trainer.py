@@ -170,7 +170,7 @@ class Trainer:
             log.put(step, metrics, flush=bool(due) or end is not None)
             for hook in due:
                 with self.scope():
-                    values = hook(self, step)
+                    values = hook(self, step, log.latest)
                 log.values(step, values)
                 log.restart()
             if end is not None:
@@ -197,6 +197,7 @@ class _Log:
     ) -> None:
         self._sinks, self._throughput, self._scalars = sinks, throughput, scalars
         self._pending: tuple[int, Mapping[str, jax.Array]] | None = None
+        self.latest: dict[str, float] = {}  # what has been written of the last step
         self.restart()
 
     def restart(self) -> None:
@@ -219,6 +220,7 @@ class _Log:
         timings = self._throughput.rates(now - self._since)
         self._since = now
         values |= {name: float(function(step)) for name, function in self._scalars.items()}
+        self.latest = {}
         self.values(step, values)
         for sink in self._sinks:
             sink.timings(step, timings)
@@ -226,6 +228,7 @@ class _Log:
             raise NonFiniteLossError(f"the loss is {values['loss']} at step {step}; metrics: {values}")
 
     def values(self, step: int, values: Mapping[str, float]) -> None:
+        self.latest |= values
         for sink in self._sinks:
             if values:
                 sink.metrics(step, values)

@@ -1,6 +1,7 @@
 """Kit of `Checkpointer`: whole steps only, values of the moment of the call, nothing lost or changed on the way."""
 
 import copy
+import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -62,7 +63,7 @@ def _check_round_trip(make_manager: MakeManager, where: Path) -> None:
     missing = "Checkpointer: restore without a step is a FileNotFoundError"
     require_raises(FileNotFoundError, missing, manager.restore)
     state, meta = _state(), {"note": "é", "nested": [1, None, {"x": 0.5}]}
-    manager.save(3, state, meta=meta)
+    manager.save(3, state, meta=meta, metrics={"loss": 1.5, "valid/accuracy": math.nan})
     manager.wait()
     for kind, one in (("the same", manager), ("another", make_manager(where))):
         require(one.steps() == [3], f"Checkpointer: {kind} checkpointer lists the saved step", steps=one.steps())

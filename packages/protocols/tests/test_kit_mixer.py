@@ -1,0 +1,97 @@
+"""The mixer kit accepts a good mixer and rejects each named broken one."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dovetail_protocols import (
+    Mixer,
+)
+from dovetail_protocols.testing import (
+    ConformanceError,
+    MixerCase,
+    ReferenceMixer,
+    attention,
+    check_mixer,
+)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class MutantMixer(ReferenceMixer):
+    fault: str = dataclasses.field(default="", metadata={"static": True})
+
+    def attend(self, layer, query, key, value, *, scale, window=None):
+        fault, inner = self.fault, ReferenceMixer(self.segment_ids)
+        if fault == "ignores segments":
+            inner = ReferenceMixer(jnp.ones_like(self.segment_ids))
+        if fault == "ignores the window":
+            window = None
+        if fault == "window off by one":
+            window = window and window + 1
+        if fault == "ignores the scale":
+            scale = query.shape[-1] ** -0.5
+        if fault == "groups heads interleaved":
+            group = query.shape[1] // key.shape[1]
+            key, value = (jnp.tile(x, (1, group, 1)) for x in (key, value))
+        if fault == "looks into the future":
+            key, value = (jnp.roll(x, -1, 0) for x in (key, value))
+        out, _ = inner.attend(layer, query, key, value, scale=scale, window=window)
+        if fault == "padding is NaN":
+            out = jnp.where((self.segment_ids != 0).reshape(-1)[:, None, None], out, jnp.float32(np.nan))
+        if fault == "stops gradients":
+            out = jax.lax.stop_gradient(out)
+        if fault == "half precision":
+            out = out.astype(jnp.bfloat16)
+        if fault == "batch-major output":
+            return out.reshape(*self.segment_ids.shape, *out.shape[1:]), self
+        if fault == "another structure":
+            return out, (self, jnp.zeros(()))
+        return out, self
+
+
+FAULTS = [
+    "ignores segments",
+    "ignores the window",
+    "window off by one",
+    "ignores the scale",
+    "groups heads interleaved",
+    "looks into the future",
+    "padding is NaN",
+    "stops gradients",
+    "half precision",
+    "batch-major output",
+    "another structure",
+]
+
+
+def test_a_good_mixer_passes():
+    assert isinstance(ReferenceMixer(jnp.ones((1, 1), jnp.int32)), Mixer)
+    check_mixer(ReferenceMixer)
+    check_mixer(MutantMixer, cases=[MixerCase(heads=6, kv_heads=3, window=2)])
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_broken_mixers_are_rejected(fault):
+    with pytest.raises(ConformanceError, match="Mixer: "):
+        check_mixer(lambda segments: MutantMixer(segments, fault), cases=[MixerCase(heads=4, window=5)])
+
+
+def test_a_mixer_without_a_method_is_rejected():
+    class Alone:
+        def __init__(self, segments):
+            self.attend = ReferenceMixer(segments).attend
+
+    with pytest.raises(ConformanceError, match="attend_latent"):
+        check_mixer(Alone, cases=[])
+
+
+def test_reference_attention_of_one_token_is_its_value():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.standard_normal((3, 1, 4)) for _ in range(3))
+    np.testing.assert_allclose(attention(q, k, v, np.array([[1, 2, 3]]), scale=1.0), v)
+    np.testing.assert_allclose(attention(q, k, v, np.array([[1, 1, 0]]), scale=0.0)[1, 0], v[:2, 0].mean(0))
+    assert not attention(q, k, v, np.zeros((1, 3), int), scale=1.0).any()
