@@ -20,6 +20,15 @@ class Good(FakeEngine):
     def __init__(self):
         super().__init__({"w": np.zeros(3, np.float32)})
 
+    def submit(self, request, deliver=None):
+        return self.begin(request) if deliver is None else self.push(request, deliver)
+
+    def begin(self, request):
+        return super().submit(request)
+
+    def push(self, request, deliver):
+        return super().submit(request, deliver)
+
 
 class Wrapped:
     """A stream whose deltas pass through `edit`."""
@@ -39,30 +48,30 @@ class Wrapped:
 
 def editing(edit):
     class Edited(Good):
-        def submit(self, request):
-            return Wrapped(super().submit(request), lambda delta: edit(request, delta))
+        def begin(self, request):
+            return Wrapped(super().begin(request), lambda delta: edit(request, delta))
 
     return Edited
 
 
 class CloseDoesNotCancel(Good):
-    def submit(self, request):
-        stream = Wrapped(super().submit(request), lambda delta: delta)
+    def begin(self, request):
+        stream = Wrapped(super().begin(request), lambda delta: delta)
         stream.close = lambda: None
         return stream
 
 
 class CloseDoesNotStopTheWork(Good):
-    def submit(self, request):
-        stream = super().submit(request)
+    def begin(self, request):
+        stream = super().begin(request)
         wrapped = Wrapped(stream, lambda delta: delta)
         wrapped.close = lambda: (list(stream), stream.close())
         return wrapped
 
 
 class TextContainsTheStopString(Good):
-    def submit(self, request):
-        stream = super().submit(request)
+    def begin(self, request):
+        stream = super().begin(request)
         stops = request.sampling.stop
         return Wrapped(
             stream,
@@ -73,10 +82,10 @@ class TextContainsTheStopString(Good):
 class StopStringBeginsInTheText(Good):
     """Ends at a stop string but has already sent its first characters."""
 
-    def submit(self, request):
+    def begin(self, request):
         stops = request.sampling.stop
         plain = dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, stop=()))
-        stream, text = super().submit(plain), ""
+        stream, text = super().begin(plain), ""
 
         def edit(delta):
             nonlocal text
@@ -90,22 +99,22 @@ class StopStringBeginsInTheText(Good):
 
 
 class IgnoresStopTokens(Good):
-    def submit(self, request):
+    def begin(self, request):
         sampling = dataclasses.replace(request.sampling, stop_token_ids=())
-        return super().submit(dataclasses.replace(request, sampling=sampling))
+        return super().begin(dataclasses.replace(request, sampling=sampling))
 
 
 class LogprobsAlways(Good):
-    def submit(self, request):
+    def begin(self, request):
         sampling = dataclasses.replace(request.sampling, logprobs=request.sampling.logprobs or 0)
-        return super().submit(dataclasses.replace(request, sampling=sampling))
+        return super().begin(dataclasses.replace(request, sampling=sampling))
 
 
 class VersionsGoBackwards(Good):
-    def submit(self, request):
+    def begin(self, request):
         count = iter(range(10**6))
         edit = lambda d: dataclasses.replace(d, version=max(0, d.version - (next(count) % 3 == 2)))  # noqa: E731
-        return Wrapped(super().submit(request), edit)
+        return Wrapped(super().begin(request), edit)
 
 
 class OldVersionsAreTaken(Good):
@@ -129,9 +138,9 @@ class UpdateIsIgnored(Good):
 
 
 class NeighboursChangeTheTokens(Good):
-    def submit(self, request):
+    def begin(self, request):
         seed = (request.sampling.seed or 0) + len(self.active)
-        return super().submit(dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, seed=seed)))
+        return super().begin(dataclasses.replace(request, sampling=dataclasses.replace(request.sampling, seed=seed)))
 
 
 class GenerateInOrderOfLength(Good):
@@ -140,14 +149,14 @@ class GenerateInOrderOfLength(Good):
 
 
 class SubmitAfterClose(Good):
-    def submit(self, request):
+    def begin(self, request):
         self.closed = False
-        return super().submit(request)
+        return super().begin(request)
 
 
 class UnknownIdsAreClamped(Good):
-    def submit(self, request):
-        return super().submit(dataclasses.replace(request, prompt=[min(max(i, 0), 256) for i in request.prompt]))
+    def begin(self, request):
+        return super().begin(dataclasses.replace(request, prompt=[min(max(i, 0), 256) for i in request.prompt]))
 
 
 class PauseIsIgnored(Good):
@@ -164,8 +173,8 @@ class PauseDropsTheQueue(Good):
     def pause(self):
         pass
 
-    def submit(self, request):
-        return super().submit(request)
+    def begin(self, request):
+        return super().begin(request)
 
     def stats(self):
         return {**super().stats(), "waiting": 0.0, "running": 0.0}
@@ -182,13 +191,13 @@ class CloseLeavesStreamsHanging(Good):
 
 
 class CloseEndsStreamsSilently(Good):
-    def submit(self, request):
+    def begin(self, request):
         def edit(delta):
             if delta.finish_reason == "cancelled":
                 raise StopIteration
             return delta
 
-        return Wrapped(super().submit(request), edit)
+        return Wrapped(super().begin(request), edit)
 
 
 class SecondCloseRaises(Good):
@@ -199,28 +208,28 @@ class SecondCloseRaises(Good):
 
 
 class OneTokenTooMany(Good):
-    def submit(self, request):
+    def begin(self, request):
         sampling = dataclasses.replace(request.sampling, max_tokens=request.sampling.max_tokens + 1)
-        return super().submit(dataclasses.replace(request, sampling=sampling))
+        return super().begin(dataclasses.replace(request, sampling=sampling))
 
 
 class StartsAgainAfterItsEnd(Good):
-    def submit(self, request):
-        outer, stream = self, super().submit(request)
+    def begin(self, request):
+        outer, stream = self, super().begin(request)
 
         class Again(Wrapped):
             def __next__(self):
                 try:
                     return next(self.stream)
                 except StopIteration:
-                    return Good.submit(outer, request).__next__()
+                    return Good.begin(outer, request).__next__()
 
         return Again(stream, None)
 
 
 class NewIteratorPerLoop(Good):
-    def submit(self, request):
-        stream = super().submit(request)
+    def begin(self, request):
+        stream = super().begin(request)
 
         class Loop(Wrapped):
             def __iter__(self):
@@ -238,6 +247,34 @@ def chosen_last(request, delta):
 def one_alternative(request, delta):
     cut = tuple(dataclasses.replace(x, top=dict(list(x.top.items())[:1])) for x in delta.logprobs or ())
     return dataclasses.replace(delta, logprobs=cut if delta.logprobs is not None else None)
+
+
+class DeliversNothing(Good):
+    def push(self, request, deliver):
+        return self.begin(request)
+
+
+class DeliversTheLastTwice(Good):
+    def push(self, request, deliver):
+        return super().push(request, lambda delta: [deliver(delta) for _ in range(2 if delta.finish_reason else 1)])
+
+
+class DeliversWithoutText(Good):
+    def push(self, request, deliver):
+        return super().push(request, lambda delta: deliver(dataclasses.replace(delta, text="")))
+
+
+class DeliversNoEndAfterClose(Good):
+    def push(self, request, deliver):
+        return super().push(request, lambda delta: delta.finish_reason == "cancelled" or deliver(delta))
+
+
+class DeliversAfterClose(Good):
+    def push(self, request, deliver):
+        return super().push(
+            request,
+            lambda delta: [deliver(d) for d in ((delta, Delta()) if delta.finish_reason == "cancelled" else (delta,))],
+        )
 
 
 EDITS = {
@@ -281,6 +318,11 @@ MUTANTS = [
     OneTokenTooMany,
     StartsAgainAfterItsEnd,
     NewIteratorPerLoop,
+    DeliversNothing,
+    DeliversTheLastTwice,
+    DeliversWithoutText,
+    DeliversNoEndAfterClose,
+    DeliversAfterClose,
 ]
 
 
@@ -297,8 +339,8 @@ def test_the_fake_engine_passes():
 class Threaded(Good):
     """The same engine run ahead of its readers by a thread per request, as a real engine's loop does."""
 
-    def submit(self, request):
-        return _Ahead(super().submit(request))
+    def begin(self, request):
+        return _Ahead(super().begin(request))
 
 
 class _Ahead:
@@ -343,8 +385,8 @@ def test_broken_deltas_are_rejected(name):
 
 def test_a_hanging_stream_is_reported_not_waited_for():
     class Hangs(Good):
-        def submit(self, request):
-            return Wrapped(super().submit(request), lambda delta: time.sleep(60))
+        def begin(self, request):
+            return Wrapped(super().begin(request), lambda delta: time.sleep(60))
 
     start = time.monotonic()
     with pytest.raises(ConformanceError, match="waited"):

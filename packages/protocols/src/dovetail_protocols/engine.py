@@ -1,7 +1,7 @@
 """Engine: generation behind one contract, so that servers, tuning and data recipes need no engine import."""
 
 import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal, Protocol, TypeAlias, runtime_checkable
 
 __all__ = ["Completion", "Delta", "Engine", "FinishReason", "Request", "SamplingParams", "Stream", "TokenLogprob"]
@@ -146,8 +146,13 @@ class Stream(Protocol):
 class Engine(Protocol):
     """Generates tokens with one model."""
 
-    def submit(self, request: Request) -> Stream:
+    def submit(self, request: Request, deliver: Callable[[Delta], None] | None = None) -> Stream:
         """Queue a request.
+
+        Without `deliver` the stream is iterated for the deltas. With it every delta goes to ``deliver(delta)``, in
+        order and from a thread of the engine's, and the stream is only there to be closed; so an event loop serves
+        many streams without a thread for each. `deliver` returns quickly and does not raise. Either way the last
+        delta, and no other, has a finish reason; with `deliver` this holds for a closed stream too (``cancelled``).
 
         Raises:
             ValueError: the request can never run (too long, unknown token id); the message says which limit.

@@ -1,6 +1,7 @@
 """Kit of `Engine`: streams that end once, replies that depend on the request alone, cancellation that frees."""
 
 import dataclasses
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -38,6 +39,7 @@ def check_engine(
     run = _Run(make_engine(), [tuple(prompt) for prompt in prompts], timeout, long_tokens)
     try:
         _check_stream(run, decode)
+        _check_deliver(run)
         _check_generate(run)
         _check_seeds(run)
         _check_logprobs(run)
@@ -109,6 +111,47 @@ def _check_stream(run: _Run, decode: Callable[[Sequence[int]], str] | None) -> N
     names = {"waiting", "running", "tokens_out", "version"}
     stats = run.engine.stats()
     require(names <= set(stats), "Engine: stats has waiting, running, tokens_out and version", stats=dict(stats))
+
+
+def _check_deliver(run: _Run) -> None:
+    wanted = run.complete(run.request(logprobs=1))
+    deltas, ended = _deliveries(run, run.request(logprobs=1))
+    within(run.timeout, "Engine: deliver gets the last delta", lambda: _until(ended, run.timeout))
+    reasons = [delta.finish_reason for delta in deltas]
+    once = reasons[-1] is not None and not any(reasons[:-1])
+    require(once, "Engine: deliver gets one last delta, with a finish_reason", reasons=reasons)
+    got = Completion.join(deltas)
+    same = (got.token_ids, got.text, got.finish_reason) == (wanted.token_ids, wanted.text, wanted.finish_reason)
+    require(same, "Engine: deliver gets the deltas of the stream, in order", got=got, expected=wanted)
+    deltas, ended = _deliveries(run, run.request(max_tokens=run.long_tokens), close=True)
+    within(run.timeout, "Engine: after close deliver gets the last delta", lambda: _until(ended, run.timeout))
+    rule = "Engine: after close the last delivered delta has the reason 'cancelled', and nothing follows it"
+    time.sleep(0.05)
+    reasons = [delta.finish_reason for delta in deltas]
+    require(reasons[-1] == "cancelled" and not any(reasons[:-1]), rule, reasons=reasons)
+
+
+def _until(event: threading.Event, timeout: float) -> None:
+    require(event.wait(timeout), "Engine: deliver gets the last delta")
+
+
+def _deliveries(run: _Run, request: Request, *, close: bool = False) -> tuple[list[Delta], threading.Event]:
+    deltas: list[Delta] = []
+    first, ended, going = threading.Event(), threading.Event(), threading.Event()
+
+    def deliver(delta: Delta) -> None:
+        deltas.append(delta)
+        first.set()
+        going.wait(0.5)  # a fast engine must not finish before it is told to stop
+        if delta.finish_reason is not None:
+            ended.set()
+
+    stream = run.engine.submit(request, deliver)
+    within(run.timeout, "Engine: deliver gets the first delta", lambda: _until(first, run.timeout))
+    if close:
+        stream.close()
+    going.set()
+    return deltas, ended
 
 
 def _check_generate(run: _Run) -> None:

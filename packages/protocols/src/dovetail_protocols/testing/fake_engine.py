@@ -21,7 +21,7 @@ class FakeEngine:
     """Meets `Engine` with bytes as tokens (0-255) and one end token (256).
 
     The reply is a pure function of the prompt and, at a temperature above 0, the seed. A step happens when a stream is
-    read; nothing runs in the background.
+    read; a request with `deliver` has a thread that reads it.
 
     Args:
         params: the initial parameters, only looked at by `update_params`.
@@ -56,7 +56,7 @@ class FakeEngine:
         self.version, self.tokens_out, self.paused, self.closed = 0, 0, False, False
         self._params, self._seeds = params, itertools.count()
 
-    def submit(self, request: Request) -> "_FakeStream":
+    def submit(self, request: Request, deliver: Callable[[Delta], None] | None = None) -> "_FakeStream":
         """Queue a request, see `Engine.submit`."""
         unknown = [i for i in request.prompt if not 0 <= i < self.vocab_size]
         if unknown:
@@ -69,7 +69,9 @@ class FakeEngine:
                 raise RuntimeError("the engine is closed; make a new one")
             stream = _FakeStream(self, request)
             self.active.append(stream)
-            return stream
+        if deliver is not None:
+            threading.Thread(target=_pump, args=(stream, deliver), daemon=True).start()
+        return stream
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
         """Run requests to their end, see `Engine.generate`."""
@@ -114,6 +116,14 @@ class FakeEngine:
     def next_seed(self) -> int:
         """Draw the seed of a request that has none."""
         return next(self._seeds)
+
+
+def _pump(stream: Iterator[Delta], deliver: Callable[[Delta], None]) -> None:
+    delta = Delta()
+    for delta in stream:
+        deliver(delta)
+    if delta.finish_reason is None:
+        deliver(Delta(finish_reason="cancelled"))
 
 
 def _form(params: Any) -> str:
