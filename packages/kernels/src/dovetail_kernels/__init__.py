@@ -14,6 +14,7 @@ from dovetail_kernels.rope import (
     rope_frequencies,
     rope_table,
 )
+from dovetail_kernels.sampling import Sampling, filter_logits, sample, token_logprobs, top_logprobs
 from dovetail_kernels.seam import einsum, take
 
 __all__ = [
@@ -23,13 +24,18 @@ __all__ = [
     "Llama3Scaling",
     "RopeScaling",
     "RopeTable",
+    "Sampling",
     "YarnScaling",
     "attention",
     "einsum",
+    "filter_logits",
     "linear_cross_entropy",
     "rms_norm",
     "rope",
     "rope_frequencies",
     "rope_table",
+    "sample",
     "take",
+    "token_logprobs",
+    "top_logprobs",
 ]

@@ -1,0 +1,309 @@
+"""Engine: requests in, deltas out; one thread plans, computes and delivers.
+
+Everything that touches the scheduler or the runner happens on that thread, between two steps; other threads leave
+commands in a queue.
+"""
+
+import collections
+import dataclasses
+import logging
+import secrets
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import jax
+import numpy as np
+
+from dovetail_engine.options import EngineOptions
+from dovetail_engine.pages import PagePool
+from dovetail_engine.parameters import Borrowed, Parameters
+from dovetail_engine.reply import Reply
+from dovetail_engine.runner import Produced, RowSampling, Runner
+from dovetail_engine.scheduler import Plan, Scheduler
+from dovetail_engine.scheduler import Sequence as Row
+from dovetail_engine.steps import TOP, Build
+from dovetail_engine.streams import QueueStream
+from dovetail_protocols import Completion, Delta, Request, SamplingParams, Tokenizer
+from dovetail_text import StopStrings
+
+__all__ = ["Engine"]
+
+_LOG = logging.getLogger("dovetail_engine")
+
+
+class Engine:
+    """Generates tokens with one model; meets `dovetail_protocols.Engine`.
+
+    Args:
+        build: parameters to model, for example ``functools.partial(dovetail_models.merge, definition)``.
+        params: the parameters, version 0; borrowed as by ``update_params(copy=False)``.
+        tokenizer: makes the text of replies and knows which ids end one; without it replies are tokens only.
+        options: sizes and limits.
+
+    Every program is compiled before the constructor returns. Use it as a context manager, or call `close`.
+
+    Raises:
+        ValueError: the model has a layer whose cache is not offered.
+    """
+
+    def __init__(
+        self,
+        build: Build,
+        params: Any,
+        *,
+        tokenizer: Tokenizer | None = None,
+        options: EngineOptions | None = None,
+    ) -> None:
+        self.options = options or EngineOptions()
+        sizes = self.options.sizes()
+        self._params = Parameters(params)
+        leaves = [leaf for leaf in jax.tree.leaves(params) if jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)]
+        self._runner = Runner(build, params, sizes, self.options.cache_dtype or leaves[0].dtype)
+        self._scheduler = Scheduler(
+            PagePool(sizes.pages),
+            page_size=sizes.page,
+            max_running=sizes.rows,
+            chunk_tokens=sizes.chunk,
+            chunks=sizes.chunks,
+            decode_steps=sizes.steps,
+        )
+        self._tokenizer = tokenizer
+        self._jobs: dict[Row, _Job] = {}
+        self._counts = {"tokens_out": 0, "tokens_in": 0, "requests": 0, "steps": 0, "errors": 0}
+        self._commands: collections.deque[Callable[[], None]] = collections.deque()
+        self._wake = threading.Condition()
+        self._paused = self._closing = False
+        self._thread = threading.Thread(target=self._loop, name="dovetail-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def programs(self) -> Any:
+        """What was compiled; ``programs.report()`` prints it."""
+        return self._runner.programs
+
+    def submit(self, request: Request, deliver: Callable[[Delta], None] | None = None) -> QueueStream:
+        """Queue a request, see `dovetail_protocols.Engine.submit`."""
+        self._check(request)
+        row = Row(list(request.prompt), len(request.prompt) + request.sampling.max_tokens)
+        stream = QueueStream(lambda: self._post(lambda: self._cancel(row)), pushed=deliver is not None)
+        sampling = request.sampling
+        ends = () if sampling.ignore_eos or self._tokenizer is None else tuple(self._tokenizer.eos_ids)
+        stops = tuple(dict.fromkeys((*sampling.stop_token_ids, *ends)))
+        matcher = StopStrings(sampling.stop) if sampling.stop else None
+        job = _Job(
+            reply=Reply(request, frozenset(stops), self._tokenizer, matcher),
+            sampling=RowSampling(sampling, _seed(sampling), stops),
+            deliver=deliver or stream.deltas.put,
+        )
+        if not self._post(lambda: self._begin(row, job)):
+            raise RuntimeError("the engine is closed; make a new one")
+        return stream
+
+    def generate(self, requests: Sequence[Request]) -> list[Completion]:
+        """Run requests to their end, see `dovetail_protocols.Engine.generate`."""
+        streams = [self.submit(request) for request in requests]
+        return [Completion.join(list(stream)) for stream in streams]
+
+    def update_params(self, params: Any, version: int, *, copy: bool = True) -> None:
+        """Replace the parameters between two steps, see `dovetail_protocols.Engine.update_params`."""
+        self._call(lambda: self._params.update(params, version, copy=copy))
+
+    def stats(self) -> Mapping[str, float]:
+        """Return counters and gauges: those of the contract, and pages, preemptions, steps and errors."""
+        scheduler, pool = self._scheduler, self._scheduler.pool
+        with self._wake:
+            running = len(scheduler.running)
+            gauges = {
+                "running": running,
+                "waiting": self._counts["requests"] - running,
+                "version": self._params.version,
+                "preemptions": scheduler.preemptions,
+                "cache_pages_used": pool.count - 1 - pool.free,
+                "cache_pages": pool.count - 1,
+            }
+            return {name: float(value) for name, value in (self._counts | gauges).items()}
+
+    def pause(self) -> None:
+        """Stop between two steps; requests stay queued."""
+        self._call(lambda: setattr(self, "_paused", True))
+
+    def resume(self) -> None:
+        """Go on after `pause`."""
+        self._call(lambda: setattr(self, "_paused", False))
+
+    def close(self) -> None:
+        """Cancel what runs, end the thread and release the cache; a second call does nothing."""
+        with self._wake:
+            self._closing = True
+            self._wake.notify()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def __enter__(self) -> "Engine":
+        """Return the engine."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close it."""
+        self.close()
+
+    # On the caller's thread ---------------------------------------------------------------------------------------
+
+    def _check(self, request: Request) -> None:
+        vocab = self._runner.vocab_size
+        unknown = [token for token in request.prompt if not 0 <= token < vocab]
+        if unknown:
+            raise ValueError(f"prompt has the token id {unknown[0]}; expected 0 to {vocab - 1}")
+        total, most = len(request.prompt) + request.sampling.max_tokens, self.options.max_length
+        if total > most:
+            raise ValueError(
+                f"prompt of {len(request.prompt)} and max_tokens={request.sampling.max_tokens} are {total} tokens; "
+                f"expected at most max_length={most}"
+            )
+        if request.sampling.stop and self._tokenizer is None:
+            raise ValueError(f"stop={request.sampling.stop!r} needs text; give the engine a tokenizer")
+        if (request.sampling.logprobs or 0) > min(TOP, vocab) - 1:
+            raise ValueError(f"logprobs={request.sampling.logprobs}; expected at most {min(TOP, vocab) - 1}")
+        self._params.check()
+
+    def _post(self, command: Callable[[], None]) -> bool:
+        """Leave a command for the thread; return whether it will be run."""
+        with self._wake:
+            if self._closing:
+                return False
+            self._commands.append(command)
+            self._wake.notify()
+            return True
+
+    def _call(self, command: Callable[[], Any]) -> None:
+        """Have the thread run a command, wait for it and raise what it raises."""
+        done: Future[None] = Future()
+
+        def run() -> None:
+            try:
+                command()
+            except BaseException as error:  # noqa: BLE001  (raised by the caller)
+                done.set_exception(error)
+            else:
+                done.set_result(None)
+
+        if not self._post(run):
+            raise RuntimeError("the engine is closed; make a new one")
+        done.result()
+
+    # On the engine's thread ---------------------------------------------------------------------------------------
+
+    def _loop(self) -> None:
+        while self._serve_commands():
+            plan = self._scheduler.plan()
+            if plan.sequences:
+                self._step(plan)
+        for row in list(self._jobs):
+            self._end(row, Delta(finish_reason="cancelled", version=self._params.version))
+
+    def _serve_commands(self) -> bool:
+        """Run all commands, waiting for one while there is nothing to do; return whether to go on."""
+        while True:
+            with self._wake:
+                self._wake.wait_for(lambda: self._closing or self._commands or (self._jobs and not self._paused))
+                commands = list(self._commands)
+                self._commands.clear()
+                closing = self._closing
+            for command in commands:
+                command()
+            if closing:
+                return False
+            if self._jobs and not self._paused:
+                return True
+
+    def _begin(self, row: Row, job: "_Job") -> None:
+        with self._wake:
+            self._jobs[row] = job
+            self._counts["requests"] += 1
+            self._scheduler.add(row)
+
+    def _cancel(self, row: Row) -> None:
+        if row in self._jobs:
+            self._end(row, Delta(finish_reason="cancelled", version=self._params.version))
+
+    def _step(self, plan: Plan) -> None:
+        rows = plan.sequences
+        try:
+            params = self._params.borrow()
+            produced = self._runner.run(params, plan, {row: self._jobs[row].sampling for row in rows})
+            deltas = [self._read(row, part) for row, part in zip(rows, produced, strict=True)]
+        except Exception as error:  # noqa: BLE001  (the requests fail, the engine goes on)
+            self._fail(rows, error)
+            return
+        with self._wake:
+            self._counts["steps"] += 1
+        for chunk in plan.prefill:
+            if not chunk.last:
+                self._scheduler.advance(chunk)
+        for row, delta in zip(rows, deltas, strict=True):
+            if delta is not None:
+                self._deliver(row, delta)
+
+    def _read(self, row: Row, produced: Produced) -> Delta | None:
+        if any(entry.value != entry.value for entry in produced.logprobs):  # noqa: PLR0124  (NaN)
+            at = len(row.tokens)
+            return Delta(finish_reason="error", error=f"the logits of token {at} are not finite", version=self.version)
+        return self._jobs[row].reply.push(produced, self.version) if produced.tokens else None
+
+    @property
+    def version(self) -> int:
+        """Version of the parameters."""
+        return self._params.version
+
+    def _deliver(self, row: Row, delta: Delta) -> None:
+        with self._wake:
+            self._counts["tokens_out"] += len(delta.token_ids)
+        if delta.finish_reason is not None:
+            self._end(row, delta)
+            return
+        self._scheduler.accept(row, delta.token_ids)
+        self._jobs[row].send(delta)
+
+    def _end(self, row: Row, delta: Delta) -> None:
+        """Forget a request before its last delta is seen, so that whoever sees it finds the engine without it."""
+        with self._wake:
+            job = self._jobs.pop(row)
+            self._scheduler.remove(row)
+            self._counts["requests"] -= 1
+            self._counts["errors"] += delta.finish_reason == "error"
+        job.send(delta)
+
+    def _fail(self, rows: Sequence[Row], error: Exception) -> None:
+        """End the requests of a step that failed; what else the cache held is computed again."""
+        if not isinstance(error, Borrowed):
+            _LOG.error("a step of %d requests failed", len(rows), exc_info=error)
+        for row in rows:
+            self._end(row, Delta(finish_reason="error", error=f"{type(error).__name__}: {error}", version=self.version))
+        if self._runner.broken:
+            self._runner.reset()
+            for row in list(reversed(self._scheduler.running)):
+                self._scheduler.preempt(row)
+
+
+@dataclasses.dataclass
+class _Job:
+    """What the engine keeps of a request besides its place in the scheduler."""
+
+    reply: Reply
+    sampling: RowSampling
+    deliver: Callable[[Delta], None]
+
+    def send(self, delta: Delta) -> None:
+        try:
+            self.deliver(delta)
+        except Exception:  # noqa: BLE001  (one receiver's fault is not another's)
+            _LOG.exception("the receiver of a delta raised")
+
+
+def _seed(sampling: SamplingParams) -> int:
+    """Return 32 bits that depend on all of a seed; drawn where there is none."""
+    if sampling.seed is None:
+        return secrets.randbits(32)
+    return int(np.random.SeedSequence(2 * abs(sampling.seed) + (sampling.seed < 0)).generate_state(1)[0])

@@ -1,0 +1,186 @@
+"""Mixers over a paged cache, what a model's forward is given in place of the dense mixer of training.
+
+The cache of a layer is two arrays ``[pages, kv_heads, page_size, dim]``. Prefill attends inside its chunks and writes
+them to their pages. Decode works for several steps on copies of its sequences' pages, with room for the new tokens at
+the end, ``[rows, kv_heads, context + steps, dim]``; `DecodeMixer.store` writes the new tokens to their pages after that.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+__all__ = ["Cache", "DecodeMixer", "PrefillMixer"]
+
+Cache = tuple[tuple[Any, Any], ...]
+"""Keys and values of every layer."""
+_HIDDEN = -1e30  # finite: a row that sees nothing must not become NaN
+
+
+class _Mixer:
+    def attend_latent(self, *_: Any, **__: Any) -> Any:
+        """Not offered.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.attend_latent: this engine has no latent cache yet")
+
+    def recur(self, *_: Any, **__: Any) -> Any:
+        """Not offered.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(f"{type(self).__name__}.recur: this engine has no recurrent cache yet")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PrefillMixer(_Mixer):
+    """Attention of chunks of several sequences, flattened; the first may continue a sequence whose start is cached.
+
+    Attributes:
+        cache: of all layers.
+        segments: int ``[tokens]``: which sequence, from 1; 0 is padding.
+        positions: int ``[tokens]``.
+        pages: int ``[tokens]``: the page that each token goes to.
+        context: int ``[pages]`` of the first sequence's start, or None where no chunk continues one.
+    """
+
+    cache: Cache
+    segments: Int[Array, " tokens"]
+    positions: Int[Array, " tokens"]
+    pages: Int[Array, " tokens"]
+    context: Int[Array, " pages"] | None
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Array, "tokens heads key_dim"],
+        key: Float[Array, "tokens kv_heads key_dim"],
+        value: Float[Array, "tokens kv_heads value_dim"],
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> tuple[Float[Array, "tokens heads value_dim"], "PrefillMixer"]:
+        """See `dovetail_protocols.Mixer.attend`."""
+        keys, values = self.cache[layer]
+        near_k, near_v = (x.astype(keys.dtype).transpose(1, 0, 2) for x in (key, value))
+        seen = self._inside(window)
+        if self.context is not None:
+            near_k = jnp.concatenate([_flatten(keys[self.context]), near_k], 1)
+            near_v = jnp.concatenate([_flatten(values[self.context]), near_v], 1)
+            seen = jnp.concatenate([self._before(window, keys.shape[2]), seen], 1)
+        grouped = _groups(query, key.shape[1]).transpose(1, 2, 0, 3)  # [kv_heads, group, tokens, dim]
+        logits = jnp.einsum("kgtd,ksd->kgts", grouped, near_k.astype(query.dtype)).astype(jnp.float32) * scale
+        weights = jax.nn.softmax(jnp.where(seen, logits, _HIDDEN), -1).astype(query.dtype)
+        mixed = jnp.einsum("kgts,ksd->tkgd", weights, near_v.astype(query.dtype))
+        slots = self.positions % keys.shape[2]
+        written = tuple(
+            pool.at[self.pages, :, slots].set(x.astype(pool.dtype))
+            for pool, x in ((keys, key), (values, value))
+        )
+        cache = (*self.cache[:layer], written, *self.cache[layer + 1 :])
+        return mixed.reshape(*query.shape[:2], -1), dataclasses.replace(self, cache=cache)
+
+    def _inside(self, window: int | None) -> jax.Array:
+        """Return which token sees which token of the chunks."""
+        distance = self.positions[:, None] - self.positions[None]
+        seen = (self.segments[:, None] == self.segments[None]) & (distance >= 0)
+        return seen if window is None else seen & (distance < window)
+
+    def _before(self, window: int | None, page_size: int) -> jax.Array:
+        """Return which token sees which cached position of the first sequence."""
+        assert self.context is not None
+        places = jnp.arange(self.context.shape[0] * page_size, dtype=jnp.int32)[None]
+        seen = (self.segments == 1)[:, None] & (places < self.positions[0])
+        return seen if window is None else seen & (self.positions[:, None] - places < window)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class DecodeMixer(_Mixer):
+    """Attention of one token per row to the row's context and to the tokens that this program made before.
+
+    Attributes:
+        work: per layer, keys and values ``[rows, kv_heads, context + steps, dim]``.
+        lengths: int ``[rows]``: cached tokens per row when the program began.
+        step: how many tokens it made before this one.
+        steps: room for new tokens.
+    """
+
+    work: Cache
+    lengths: Int[Array, " rows"]
+    step: Int[Array, ""]
+    steps: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def load(cls, cache: Cache, pages: Int[Array, "rows pages"], lengths: Int[Array, " rows"], steps: int) -> Any:
+        """Copy the pages of all rows, with room for `steps` tokens after them."""
+
+        def gather(pool: jax.Array) -> jax.Array:
+            rows, count = pages.shape
+            _, heads, size, dim = pool.shape
+            held = pool[pages].transpose(0, 2, 1, 3, 4).reshape(rows, heads, count * size, dim)
+            return jnp.pad(held, ((0, 0), (0, 0), (0, steps), (0, 0)))
+
+        return cls(tuple((gather(k), gather(v)) for k, v in cache), lengths, jnp.int32(0), steps)
+
+    def store(self, cache: Cache, pages: Int[Array, "rows steps"]) -> Cache:
+        """Return the cache with the new tokens of all rows; `pages` tells the page of each."""
+        places = self.lengths[:, None] + jnp.arange(self.steps, dtype=jnp.int32)
+
+        def scatter(pool: jax.Array, work: jax.Array) -> jax.Array:
+            new = work[:, :, -self.steps :].transpose(0, 2, 1, 3)  # [rows, steps, kv_heads, dim]
+            return pool.at[pages, :, places % pool.shape[2]].set(new.astype(pool.dtype))
+
+        return tuple((scatter(k, new_k), scatter(v, new_v)) for (k, v), (new_k, new_v) in zip(cache, self.work, strict=True))
+
+    def attend(
+        self,
+        layer: int,
+        query: Float[Array, "rows heads key_dim"],
+        key: Float[Array, "rows kv_heads key_dim"],
+        value: Float[Array, "rows kv_heads value_dim"],
+        *,
+        scale: float,
+        window: int | None = None,
+    ) -> tuple[Float[Array, "rows heads value_dim"], "DecodeMixer"]:
+        """See `dovetail_protocols.Mixer.attend`."""
+        context = self.work[layer][0].shape[2] - self.steps
+        at = (0, 0, context + self.step, 0)
+        keys, values = (
+            jax.lax.dynamic_update_slice(held, x[:, :, None].astype(held.dtype), at)
+            for held, x in zip(self.work[layer], (key, value), strict=True)
+        )
+        logits = jnp.einsum("rkgd,rksd->rkgs", _groups(query, key.shape[1]), keys.astype(query.dtype))
+        logits = logits.astype(jnp.float32) * scale
+        seen = self._seen(context, window)[:, None, None]
+        weights = jax.nn.softmax(jnp.where(seen, logits, _HIDDEN), -1).astype(query.dtype)
+        mixed = jnp.einsum("rkgs,rksd->rkgd", weights, values.astype(query.dtype))
+        work = (*self.work[:layer], (keys, values), *self.work[layer + 1 :])
+        return mixed.reshape(*query.shape[:2], -1), dataclasses.replace(self, work=work)
+
+    def _seen(self, context: int, window: int | None) -> jax.Array:
+        old = jnp.arange(context, dtype=jnp.int32)[None]
+        new = jnp.arange(self.steps, dtype=jnp.int32)[None]
+        here = (self.lengths + self.step)[:, None]
+        seen_old, seen_new = old < self.lengths[:, None], new <= self.step
+        if window is not None:
+            seen_old = seen_old & (here - old < window)
+            seen_new = seen_new & (self.step - new < window)
+        return jnp.concatenate([seen_old, jnp.broadcast_to(seen_new, (len(self.lengths), self.steps))], 1)
+
+
+def _groups(query: jax.Array, kv_heads: int) -> jax.Array:
+    """Return ``[tokens, kv_heads, group, dim]``."""
+    tokens, heads, dim = query.shape
+    return query.reshape(tokens, kv_heads, heads // kv_heads, dim)
+
+
+def _flatten(pages: Float[Array, "pages kv_heads size dim"]) -> Float[Array, "kv_heads places dim"]:
+    count, heads, size, dim = pages.shape
+    return pages.transpose(1, 0, 2, 3).reshape(heads, count * size, dim)

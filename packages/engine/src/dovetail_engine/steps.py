@@ -1,0 +1,138 @@
+"""The two programs of an engine as pure functions: prefill chunks, or decode some rows for some steps.
+
+Both run the model's one forward with a paged mixer and sample on the device. Nothing about a request is static: one
+program serves every mix of temperatures, filters, seeds, stop tokens and log-probabilities.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from dovetail_engine.mixers import Cache, DecodeMixer, PrefillMixer
+from dovetail_kernels import Sampling, sample, token_logprobs, top_logprobs
+from dovetail_protocols import LanguageModel
+
+__all__ = ["TOP", "DecodeBatch", "PrefillBatch", "Sampled", "decode", "prefill"]
+
+TOP = 21
+"""The likeliest tokens that a program reports, at most: twenty alternatives and the chosen one."""
+Build = Callable[[Any], LanguageModel]
+
+
+class Sampled(NamedTuple):
+    """What the device tells the host: arrays ``[steps, rows]``, the alternatives ``[steps, rows, TOP]``."""
+
+    tokens: Any
+    logprobs: Any
+    top_ids: Any
+    top_logprobs: Any
+
+
+class PrefillBatch(NamedTuple):
+    """Chunks, flattened and padded.
+
+    Attributes:
+        tokens: int ``[tokens]``.
+        segments: int ``[tokens]``: which chunk, from 1; 0 is padding.
+        positions: int ``[tokens]``.
+        pages: int ``[tokens]``: where each token goes.
+        last: int ``[rows]``: the place of each chunk's last token.
+        context: int ``[pages]`` of the first chunk's sequence, None in programs without context.
+        tops: whether the alternatives are wanted.
+        how: one entry per row.
+    """
+
+    tokens: Any
+    segments: Any
+    positions: Any
+    pages: Any
+    last: Any
+    context: Any
+    tops: Any
+    how: Sampling
+
+
+class DecodeBatch(NamedTuple):
+    """Rows that grow by at most `steps` tokens.
+
+    Attributes:
+        tokens: int ``[rows]``, the last token of each.
+        lengths: int ``[rows]``: tokens before it.
+        context: int ``[rows, pages]``: where those are.
+        pages: int ``[rows, room]``: where new ones go.
+        left: int ``[rows]``: how many tokens a row may grow by; 0 where there is no row.
+        stops: int ``[rows, stops]``: tokens that end a row, filled up with -1.
+        steps: how many steps, at most `room`.
+        tops: whether the alternatives are wanted.
+        how: one entry per row; the positions are those of the first tokens to sample.
+    """
+
+    tokens: Any
+    lengths: Any
+    context: Any
+    pages: Any
+    left: Any
+    stops: Any
+    steps: Any
+    tops: Any
+    how: Sampling
+
+
+def prefill(build: Build, params: Any, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Sampled]:
+    """Write chunks to the cache and sample the token after each."""
+    model = build(params)
+    mixer = PrefillMixer(cache, batch.segments, batch.positions, batch.pages, batch.context)
+    hidden, _, mixer = model.hidden(batch.tokens, batch.positions, mixer)
+    logits = model.unembed(hidden[batch.last])
+    sampled = _sample(logits, batch.how, batch.tops)
+    return mixer.cache, jax.tree.map(lambda x: x[None], sampled)
+
+
+def decode(build: Build, params: Any, cache: Cache, batch: DecodeBatch) -> tuple[Cache, Sampled]:
+    """Run decode steps until all rows are at their end; write their tokens to the cache."""
+    model = build(params)
+    room, rows = batch.pages.shape[1], len(batch.tokens)
+    mixer = DecodeMixer.load(cache, batch.context, batch.lengths, room)
+
+    def going(carry: Any) -> jax.Array:
+        step, _, left, _, _ = carry
+        return (step < batch.steps) & jnp.any(left > 0)
+
+    def body(carry: Any) -> Any:
+        step, tokens, left, mixer, out = carry
+        hidden, _, mixer = model.hidden(tokens, batch.lengths + step, mixer)
+        how = batch.how._replace(position=batch.how.position + step)
+        sampled = _sample(model.unembed(hidden), how, batch.tops)
+        out = jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, step, 0), out, sampled)
+        ended = jnp.any(sampled.tokens[:, None] == batch.stops, 1)
+        left = jnp.where(ended, 0, left - 1)
+        return step + 1, sampled.tokens, left, DecodeMixer(mixer.work, mixer.lengths, step + 1, room), out
+
+    empty = Sampled(
+        jnp.zeros((room, rows), jnp.int32),
+        jnp.zeros((room, rows), jnp.float32),
+        jnp.zeros((room, rows, TOP), jnp.int32),
+        jnp.zeros((room, rows, TOP), jnp.float32),
+    )
+    start = (jnp.int32(0), batch.tokens, batch.left, mixer, empty)
+    _, _, _, mixer, out = jax.lax.while_loop(going, body, start)
+    return mixer.store(cache, batch.pages), out
+
+
+def _sample(logits: jax.Array, how: Sampling, tops: jax.Array) -> Sampled:
+    tokens = sample(logits, how)
+    rows, vocab = logits.shape
+    count = min(TOP, vocab)
+
+    def best() -> tuple[jax.Array, jax.Array]:
+        values, ids = top_logprobs(logits, count)
+        room = ((0, 0), (0, TOP - count))
+        return jnp.pad(values, room, constant_values=-jnp.inf), jnp.pad(ids, room)
+
+    def nothing() -> tuple[jax.Array, jax.Array]:
+        return jnp.zeros((rows, TOP), jnp.float32), jnp.zeros((rows, TOP), jnp.int32)
+
+    values, ids = jax.lax.cond(tops, best, nothing)
+    return Sampled(tokens, token_logprobs(logits, tokens), ids, values)
