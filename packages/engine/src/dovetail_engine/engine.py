@@ -26,7 +26,6 @@ from dovetail_engine.scheduler import Sequence as Row
 from dovetail_engine.steps import TOP, Build
 from dovetail_engine.streams import QueueStream
 from dovetail_protocols import Completion, Delta, Request, SamplingParams, Tokenizer
-from dovetail_text import StopStrings
 
 __all__ = ["Engine"]
 
@@ -91,9 +90,8 @@ class Engine:
         sampling = request.sampling
         ends = () if sampling.ignore_eos or self._tokenizer is None else tuple(self._tokenizer.eos_ids)
         stops = tuple(dict.fromkeys((*sampling.stop_token_ids, *ends)))
-        matcher = StopStrings(sampling.stop) if sampling.stop else None
         job = _Job(
-            reply=Reply(request, frozenset(stops), self._tokenizer, matcher),
+            reply=Reply(request, frozenset(stops), self._tokenizer),
             sampling=RowSampling(sampling, _seed(sampling), stops),
             deliver=deliver or stream.deltas.put,
         )
@@ -247,7 +245,7 @@ class Engine:
                 self._deliver(row, delta)
 
     def _read(self, row: Row, produced: Produced) -> Delta | None:
-        if any(entry.value != entry.value for entry in produced.logprobs):  # noqa: PLR0124  (NaN)
+        if any(entry.value != entry.value for entry in produced.logprobs):
             at = len(row.tokens)
             return Delta(finish_reason="error", error=f"the logits of token {at} are not finite", version=self.version)
         return self._jobs[row].reply.push(produced, self.version) if produced.tokens else None

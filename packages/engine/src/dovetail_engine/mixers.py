@@ -2,7 +2,7 @@
 
 The cache of a layer is two arrays ``[pages, kv_heads, page_size, dim]``. Prefill attends inside its chunks and writes
 them to their pages. Decode works for several steps on copies of its sequences' pages, with room for the new tokens at
-the end, ``[rows, kv_heads, context + steps, dim]``; `DecodeMixer.store` writes the new tokens to their pages after that.
+the end, ``[rows, kv_heads, context + steps, dim]``; afterwards `DecodeMixer.store` writes the new ones to their pages.
 """
 
 import dataclasses
@@ -80,8 +80,7 @@ class PrefillMixer(_Mixer):
         mixed = jnp.einsum("kgts,ksd->tkgd", weights, near_v.astype(query.dtype))
         slots = self.positions % keys.shape[2]
         written = tuple(
-            pool.at[self.pages, :, slots].set(x.astype(pool.dtype))
-            for pool, x in ((keys, key), (values, value))
+            pool.at[self.pages, :, slots].set(x.astype(pool.dtype)) for pool, x in ((keys, key), (values, value))
         )
         cache = (*self.cache[:layer], written, *self.cache[layer + 1 :])
         return mixed.reshape(*query.shape[:2], -1), dataclasses.replace(self, cache=cache)
@@ -137,7 +136,9 @@ class DecodeMixer(_Mixer):
             new = work[:, :, -self.steps :].transpose(0, 2, 1, 3)  # [rows, steps, kv_heads, dim]
             return pool.at[pages, :, places % pool.shape[2]].set(new.astype(pool.dtype))
 
-        return tuple((scatter(k, new_k), scatter(v, new_v)) for (k, v), (new_k, new_v) in zip(cache, self.work, strict=True))
+        return tuple(
+            (scatter(k, new_k), scatter(v, new_v)) for (k, v), (new_k, new_v) in zip(cache, self.work, strict=True)
+        )
 
     def attend(
         self,

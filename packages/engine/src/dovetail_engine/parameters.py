@@ -7,7 +7,7 @@ import jax
 __all__ = ["Borrowed", "Parameters"]
 
 
-class Borrowed(RuntimeError):  # noqa: N818  (says what is wrong)
+class Borrowed(RuntimeError):
     """The borrowed parameters were donated by their owner."""
 
 

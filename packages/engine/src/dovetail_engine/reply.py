@@ -1,25 +1,10 @@
 """Reply: what one request has been answered so far, as text too, and whether that is all."""
 
-from typing import Protocol
-
 from dovetail_engine.runner import Produced
 from dovetail_protocols import Delta, FinishReason, IncrementalDecoder, Request, Tokenizer
+from dovetail_text import StopStrings
 
-__all__ = ["Reply", "Stops"]
-
-
-class Stops(Protocol):
-    """Finds stop strings in text that arrives in pieces, as `dovetail_text.StopStrings` does."""
-
-    matched: str | None
-
-    def push(self, text: str) -> str:
-        """Take text and return what is certain."""
-        ...
-
-    def flush(self) -> str:
-        """Return what is held back."""
-        ...
+__all__ = ["Reply"]
 
 
 class Reply:
@@ -29,16 +14,13 @@ class Reply:
         request: what is answered.
         stops: ids that end the reply.
         tokenizer: None for no text.
-        matcher: of the request's stop strings.
     """
 
-    def __init__(
-        self, request: Request, stops: frozenset[int], tokenizer: Tokenizer | None, matcher: Stops | None
-    ) -> None:
+    def __init__(self, request: Request, stops: frozenset[int], tokenizer: Tokenizer | None) -> None:
         self._sampling = request.sampling
         self._stops = stops
         self._decoder: IncrementalDecoder | None = tokenizer.decoder() if tokenizer is not None else None
-        self._matcher = matcher
+        self._matcher = StopStrings(request.sampling.stop) if request.sampling.stop else None
         self._left = request.sampling.max_tokens
 
     def push(self, produced: Produced, version: int) -> Delta:

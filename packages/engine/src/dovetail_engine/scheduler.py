@@ -171,7 +171,7 @@ class Scheduler:
         return any(sequence.missing > 1 for sequence in self.running) or self._fits()
 
     def _fits(self) -> bool:
-        """Whether the first waiting sequence can run; a page for each that runs stays free, lest it preempts at once."""
+        """Whether the first waiting sequence can run; a page for each that runs stays free for it to grow into."""
         if not self.waiting or len(self.running) >= self.max_running:
             return False
         need = self._lacking(self.waiting[0], len(self.waiting[0].tokens))

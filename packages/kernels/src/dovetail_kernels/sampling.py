@@ -5,7 +5,7 @@ in 32 passes over the row. A row's token is a function of its logits, its seed a
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -62,8 +62,8 @@ def sample(logits: Float[Array, "rows vocab"], how: Sampling) -> Int[Array, " ro
 def filter_logits(logits: Float[Array, "rows vocab"], how: Sampling) -> Float[Array, "rows vocab"]:
     """Return ``logits / temperature`` with the tokens that may not be sampled at -inf.
 
-    The filters apply in the order temperature, top-k, top-p (of what top-k left), min-p, as in transformers. Tokens that
-    tie with the last one that stays, stay too. The likeliest token always stays.
+    The filters apply in the order temperature, top-k, top-p (of what top-k left), min-p, as in transformers. Tokens
+    that tie with the last one that stays, stay too. The likeliest token always stays.
     """
     logits = logits.astype(jnp.float32)
     scaled = logits / jnp.where(how.temperature > 0, how.temperature, 1.0)[:, None]
@@ -116,7 +116,7 @@ def _largest(
     bits = _ordered(x)
     low, high = jnp.min(bits, -1), jnp.max(bits, -1)
 
-    def halve(_: int, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         low, high = bounds
         middle = (low >> 1) + (high >> 1) + ((low | high) & 1)  # the upper middle, without overflow
         good = enough(bits >= middle[:, None])

@@ -251,10 +251,10 @@ def _check_pause(run: _Run) -> None:
 
 
 def _check_versions(run: _Run, params: Callable[[], Any]) -> None:
-    version = int(run.engine.stats()["version"])
+    version, newer = int(run.engine.stats()["version"]), params()
     stream = run.engine.submit(run.request(max_tokens=run.long_tokens))
     deltas = [within(run.timeout, "Engine: a stream gives its first delta", lambda: next(iter(stream)))]
-    run.engine.update_params(params(), version + 1)
+    run.engine.update_params(newer, version + 1)
     deltas += run.drain(stream)
     versions = Completion.join(deltas).versions
     rule = "Engine: the versions of a stream never go back, and follow update_params"

@@ -1,0 +1,35 @@
+"""Shapes and types of every annotated call are checked at run time; one engine for the tests that only read it."""
+
+import sys
+from pathlib import Path
+
+import jaxtyping
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+with jaxtyping.install_import_hook(("dovetail_engine", "dovetail_kernels"), "beartype.beartype"):
+    import dovetail_engine
+
+from engine_toys import Letters, tiny
+
+
+@pytest.fixture
+def make_engine():
+    """Make engines of the tiny model that are closed after the test."""
+    made = []
+
+    def make(build=None, params=None, *, tokenizer=None, **options):
+        if build is None:
+            build, params = tiny()
+        options = {"max_running": 4, "max_length": 64, "chunk_tokens": 16, "decode_steps": 4, "page_size": 4} | options
+        made.append(
+            dovetail_engine.Engine(
+                build, params, tokenizer=tokenizer or Letters(), options=dovetail_engine.EngineOptions(**options)
+            )
+        )
+        return made[-1]
+
+    yield make
+    for engine in made:
+        engine.close()
