@@ -1,5 +1,6 @@
 """Deltas and completions of the engine as answers of the OpenAI API, one class for each kind of request."""
 
+import hashlib
 import time
 import uuid
 from collections.abc import Sequence
@@ -25,7 +26,8 @@ def event(answer: Any) -> bytes:
 
 def fingerprint(tokenizer: Tokenizer, version: int) -> str:
     """Return the `system_fingerprint`: what besides the request decides a reply with a seed."""
-    return f"fp_{tokenizer.fingerprint[-12:]}_v{version}"
+    digest = hashlib.blake2b(tokenizer.fingerprint.encode(), digest_size=5).hexdigest()
+    return f"fp_{digest}_v{version}"
 
 
 class Format(Protocol):

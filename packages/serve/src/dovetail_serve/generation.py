@@ -15,13 +15,13 @@ from dovetail_serve.metrics import ReplyClock
 from dovetail_serve.schema import Usage
 from dovetail_serve.state import State
 from dovetail_serve.tokens import TokenTexts
-from dovetail_serve.transport import STREAM, Receive, Scope, Send, read_body, send_answer, start, watch
+from dovetail_serve.transport import STREAM, Receive, Scope, Send, Writer, read_body, send_answer, start, watch
 
 __all__ = ["Generation", "generate"]
 
 LOG = logging.getLogger("dovetail_serve")
 TOO_LONG = re.compile(r"length|context|too long", re.IGNORECASE)
-Writer = Callable[[Call, Tokenizer, TokenTexts], ChatFormat | CompletionFormat]
+Make = Callable[[Call, Tokenizer, TokenTexts], ChatFormat | CompletionFormat]
 
 
 async def generate(state: State, scope: Scope, receive: Receive, send: Send, *, chat: bool) -> None:
@@ -66,9 +66,9 @@ def _check_replies(call: Call, limit: int) -> None:
 class Generation:
     """The replies to one call."""
 
-    def __init__(self, state: State, call: Call, started: float, writer: Writer) -> None:
+    def __init__(self, state: State, call: Call, started: float, make: Make) -> None:
         self.state, self.call = state, call
-        self.format = writer(call, state.tokenizer, state.texts)
+        self.format = make(call, state.tokenizer, state.texts)
         self.inbox, self.streams = Inbox(), Streams()
         self.clocks = [ReplyClock(state.metrics, started) for _ in range(call.replies)]
         self.usage = Usage(0, 0, 0)
@@ -135,7 +135,8 @@ class Generation:
         found: list[list[Delta]] = [[] for _ in range(self.call.replies)]
         async for batch in self._deltas():
             for index, delta in batch:
-                _check_delta(delta)
+                if error := _failure(delta):
+                    raise error
                 found[index].append(delta)
         body = self.format.whole([Completion.join(deltas) for deltas in found], self.usage)
         await send_answer(send, body, headers=self._headers())
@@ -144,44 +145,39 @@ class Generation:
     async def _stream(self, send: Send) -> bool:
         """Send the events; tell whether all replies came to their end."""
         await start(send, 200, STREAM, [(b"cache-control", b"no-cache"), *self._headers()])
-        pieces: list[bytes] = []
-        ended = False
-        try:
-            async for batch in self._deltas():
-                for index, delta in batch:
-                    _check_delta(delta)
-                    pieces.append(self.format.chunks(index, delta))
-                await self._write(send, b"".join(pieces))
-                pieces.clear()
-            pieces.append(self.format.last(self.usage))
-            ended = True
-        except ApiError as error:
-            pieces.append(event(error.body()))
-        except Disconnected:
-            raise
-        except Exception:
-            LOG.exception("request %s failed", self.format.id)
-            pieces.append(event(ApiError(500, "internal error", code="internal_error").body()))
-        await self._write(send, b"".join(pieces), more=False)
+        with Writer(send, self.state.options.write_seconds) as writer:
+            try:
+                await self._events(writer)
+                last, ended = self.format.last(self.usage), True
+            except ApiError as error:
+                last, ended = event(error.body()), False
+            except Disconnected:
+                raise
+            except Exception:
+                LOG.exception("request %s failed", self.format.id)
+                last, ended = event(ApiError(500, "internal error", code="internal_error").body()), False
+            await writer.write(last, more=False)
         return ended
 
-    async def _write(self, send: Send, data: bytes, *, more: bool = True) -> None:
-        """Send a piece; a client that does not read for too long is treated as one that left."""
-        if not data:
-            return
-        try:
-            async with asyncio.timeout(self.state.options.write_seconds):
-                await send({"type": "http.response.body", "body": data, "more_body": more})
-        except TimeoutError:
-            LOG.warning("request %s: the client reads nothing; cancelled", self.format.id)
-            raise Disconnected from None
+    async def _events(self, writer: Writer) -> None:
+        """Send the events of all deltas; what has arrived together goes out in one piece."""
+        async for batch in self._deltas():
+            pieces: list[bytes] = []
+            for index, delta in batch:
+                if error := _failure(delta):
+                    await writer.write(b"".join(pieces))
+                    raise error
+                pieces.append(self.format.chunks(index, delta))
+            if data := b"".join(pieces):
+                await writer.write(data)
 
     def _headers(self) -> list[tuple[bytes, bytes]]:
         return [(b"x-request-id", self.format.id.encode())]
 
 
-def _check_delta(delta: Delta) -> None:
+def _failure(delta: Delta) -> ApiError | None:
     if delta.finish_reason == "error":
-        raise ApiError(500, f"the engine failed: {delta.error}", code="engine_error")
+        return ApiError(500, f"the engine failed: {delta.error}", code="engine_error")
     if delta.finish_reason == "cancelled":
-        raise ApiError(503, "the engine cancelled the reply", code="cancelled", retry_after=1)
+        return ApiError(503, "the engine cancelled the reply", code="cancelled", retry_after=1)
+    return None

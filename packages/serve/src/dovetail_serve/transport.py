@@ -7,7 +7,19 @@ from typing import Any, TypeAlias
 from dovetail_serve.bridge import Disconnected, Inbox
 from dovetail_serve.errors import ApiError, error_body
 
-__all__ = ["JSON", "STREAM", "Receive", "Scope", "Send", "read_body", "send_answer", "send_error", "start", "watch"]
+__all__ = [
+    "JSON",
+    "STREAM",
+    "Receive",
+    "Scope",
+    "Send",
+    "Writer",
+    "read_body",
+    "send_answer",
+    "send_error",
+    "start",
+    "watch",
+]
 
 Scope: TypeAlias = dict[str, Any]
 Receive: TypeAlias = Callable[[], Awaitable[dict[str, Any]]]
@@ -78,3 +90,48 @@ async def send_error(send: Send, error: ApiError, headers: Headers = ()) -> None
     if error.retry_after is not None:
         headers = [*headers, (b"retry-after", b"%d" % error.retry_after)]
     await send_answer(send, error_body(error), status=error.status, headers=headers)
+
+
+class Writer:
+    """Sends the pieces of a streamed body; a client that reads nothing for too long counts as one that left.
+
+    One timer watches the whole stream: a timeout for each piece would cost as much as writing it.
+    """
+
+    def __init__(self, send: Send, seconds: float) -> None:
+        self._send, self._seconds = send, seconds
+        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
+        self._began: float | None = None
+        self._stalled = False
+        self._timer = self._loop.call_later(seconds, self._look)
+
+    async def write(self, data: bytes, *, more: bool = True) -> None:
+        """Send a piece, waiting while the client is slow.
+
+        Raises:
+            Disconnected: nothing was read for too long.
+        """
+        self._began = self._loop.time()
+        try:
+            await self._send({"type": "http.response.body", "body": data, "more_body": more})
+        except asyncio.CancelledError:
+            if not self._stalled or self._task is None:
+                raise
+            self._task.uncancel()
+            raise Disconnected from None
+        finally:
+            self._began = None
+
+    def __enter__(self) -> "Writer":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._timer.cancel()
+
+    def _look(self) -> None:
+        left = self._seconds if self._began is None else self._began + self._seconds - self._loop.time()
+        if left > 0:
+            self._timer = self._loop.call_later(left, self._look)
+        elif self._task is not None:
+            self._stalled = True
+            self._task.cancel()
