@@ -145,19 +145,6 @@ class Score:
     extra: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def disagreement(ours: Sequence[float], peer: Sequence[float], tolerance: float) -> str | None:
-    """Tell how two checksums differ by more than the tolerance, or None."""
-    if len(ours) != len(peer):
-        return f"{len(ours)} values against {len(peer)}"
-    scale = max((abs(value) for value in peer), default=0.0) or 1.0
-    errors = [abs(a - b) / scale for a, b in zip(ours, peer, strict=True)]
-    bad = [place for place, error in enumerate(errors) if not error <= tolerance]  # a NaN is bad
-    if not bad:
-        return None
-    first = bad[0]
-    return f"value {first}: {ours[first]!r} against {peer[first]!r}, {errors[first]:.2g} > {tolerance:g}"
-
-
 @contextlib.contextmanager
 def _workers(path: str, pair: Sequence[Contestant], options: Options) -> Iterator[list[Worker]]:
     workers: list[Worker] = []
@@ -178,11 +165,11 @@ def measure(path: str, benchmark: Benchmark, case: Case, options: Options) -> li
     Raises:
         BenchmarkError: a worker died or hung, or the checksums differ.
     """
-    with _workers(path, (benchmark.ours, benchmark.peer), options) as workers:
+    with _workers(path, case.pair or (benchmark.ours, benchmark.peer), options) as workers:
         scores = [Score(worker.ask(do="prepare", config=case.config)["name"]) for worker in workers]
         for turn in range(options.turns + 1):
             answers = [worker.ask(do="run", n=case.inner) for worker in workers]
-            text = disagreement(answers[0]["checksum"], answers[1]["checksum"], case.tolerance)
+            text = case.disagreement(answers[0]["checksum"], answers[1]["checksum"])
             if text is not None:
                 raise BenchmarkError(f"{scores[0].name} and {scores[1].name} disagree in turn {turn}: {text}")
             for score, answer in zip(scores, answers, strict=True):

@@ -6,7 +6,7 @@ A benchmark file defines `BENCHMARK` and, for each contestant, a class of the na
         def __init__(self, config): ...    # build, compile and warm up; `config` is the case's
         name = "jax 0.12.0"                # optional: what the results call it, versions included
         def run(self): ...                 # one timed iteration; returns when its results are there
-        def checksum(self): ...            # a list of floats that the other contestant must agree with
+        def checksum(self): ...            # what the other must agree with: floats, or what the case's agreement takes
         def memory(self): ...              # optional: MB; by default the anonymous memory of the process
         def extra(self): ...               # optional: {name: value} to print next to the result
 
@@ -15,8 +15,16 @@ The file is imported in every environment, so it imports jax, torch and the like
 
 import dataclasses
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Contestant:
+    """Who takes part: a class of the benchmark file and the environment (see `environments.py`) it runs in."""
+
+    system: str
+    environment: str
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +38,8 @@ class Case:
         unit: of the result; milliseconds of one iteration unless `work` is given.
         work: how much one iteration does, in the numerator of `unit` (tokens, for ``tokens/s``).
         inner: iterations of one turn; each turn gives one time, and the result is the median of the turns.
+        pair: ours and the peer, where they are not those of the benchmark.
+        agreement: tells how two checksums (ours, the peer's) differ, or None; in place of `tolerance`.
     """
 
     name: str
@@ -38,6 +48,8 @@ class Case:
     unit: str = "ms"
     work: float | None = None
     inner: int = 1
+    pair: tuple[Contestant, Contestant] | None = None
+    agreement: Callable[[Any, Any], str | None] | None = None
 
     def value(self, seconds: float) -> float:
         """The result of an iteration that takes this long."""
@@ -47,13 +59,22 @@ class Case:
         """How many times better ours is."""
         return peer / ours if self.work is None else ours / peer
 
+    def disagreement(self, ours: Any, peer: Any) -> str | None:
+        """How two checksums differ, or None."""
+        return self.agreement(ours, peer) if self.agreement else disagreement(ours, peer, self.tolerance)
 
-@dataclasses.dataclass(frozen=True)
-class Contestant:
-    """Who takes part: a class of the benchmark file and the environment (see `environments.py`) it runs in."""
 
-    system: str
-    environment: str
+def disagreement(ours: Sequence[float], peer: Sequence[float], tolerance: float) -> str | None:
+    """Tell how two checksums differ by more than the tolerance, or None."""
+    if len(ours) != len(peer):
+        return f"{len(ours)} values against {len(peer)}"
+    scale = max((abs(value) for value in peer), default=0.0) or 1.0
+    errors = [abs(a - b) / scale for a, b in zip(ours, peer, strict=True)]
+    bad = [place for place, error in enumerate(errors) if not error <= tolerance]  # a NaN is bad
+    if not bad:
+        return None
+    first = bad[0]
+    return f"value {first}: {ours[first]!r} against {peer[first]!r}, {errors[first]:.2g} > {tolerance:g}"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,52 +12,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import llama
 from protocol import Benchmark, Case, Contestant, nearby
 
 MODEL = {"d": 256, "layers": 6, "heads": 4, "ff": 688, "vocab": 4096, "time": 256, "batch": 16}
 RATE = 1e-4
-
-
-def hf_config(c: dict[str, Any]) -> dict[str, Any]:
-    """The config.json of the case."""
-    return {
-        "architectures": ["LlamaForCausalLM"],
-        "model_type": "llama",
-        "vocab_size": c["vocab"],
-        "hidden_size": c["d"],
-        "intermediate_size": c["ff"],
-        "num_hidden_layers": c["layers"],
-        "num_attention_heads": c["heads"],
-        "num_key_value_heads": c["heads"],
-        "max_position_embeddings": c["time"],
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-    }
-
-
-def shapes(c: dict[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors, as Hugging Face has them."""
-    d, ff, vocab = c["d"], c["ff"], c["vocab"]
-    out: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (vocab, d), "lm_head.weight": (vocab, d)}
-    for i in range(c["layers"]):
-        for name in "qkvo":
-            out[f"model.layers.{i}.self_attn.{name}_proj.weight"] = (d, d)
-        for name, shape in (("gate", (ff, d)), ("up", (ff, d)), ("down", (d, ff))):
-            out[f"model.layers.{i}.mlp.{name}_proj.weight"] = shape
-        for name in ("input_layernorm", "post_attention_layernorm"):
-            out[f"model.layers.{i}.{name}.weight"] = (d,)
-    return out | {"model.norm.weight": (d,)}
-
-
-def weights(c: dict[str, Any]) -> dict[str, Any]:
-    """The same random weights in every environment."""
-    import numpy as np
-
-    rng = np.random.default_rng(0)
-    return {
-        name: np.ones(shape, np.float32) if len(shape) == 1 else rng.normal(0, 0.02, shape).astype(np.float32)
-        for name, shape in shapes(c).items()
-    }
 
 
 def rows(c: dict[str, Any], step: int) -> Any:
@@ -84,7 +43,7 @@ class Dovetail:
         self.name, self.config, self.step, self.seconds = f"dovetail, jax {jax.__version__}", c, 0, list[float]()
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "model"
-            write_directory(path, weights(c), extra_files={"config.json": json.dumps(hf_config(c))})
+            write_directory(path, llama.weights(c), extra_files={"config.json": json.dumps(llama.hf_config(c))})
             definition, params = dovetail_models.split(dovetail_models.from_pretrained(path))
         optimizer = dovetail_optim.adamw(RATE, b2=0.999, weight_decay=0.01, decay="**")
         self.trainer = dovetail_train.Trainer(params, dovetail_train.next_token(definition), optimizer)
@@ -153,9 +112,9 @@ class Transformers:
 
         self.name = f"transformers {transformers.__version__}, torch {torch.__version__}"
         self.torch, self.config, self.step = torch, c, 0
-        config = transformers.LlamaConfig(**hf_config(c), use_cache=False)
+        config = transformers.LlamaConfig(**llama.hf_config(c), use_cache=False)
         self.model = transformers.LlamaForCausalLM(config)
-        self.model.load_state_dict({name: torch.from_numpy(w) for name, w in weights(c).items()})
+        self.model.load_state_dict({name: torch.from_numpy(w) for name, w in llama.weights(c).items()})
         self.optimizer = torch.optim.AdamW(self.model.parameters(), lr=RATE, weight_decay=0.01)
         self.run()
 

@@ -75,6 +75,10 @@ class Plain:
     def checksum(self):
         return [3.0]
 
+class Words(Fake):
+    def checksum(self):
+        return {"words": ["a", "b" if self.count < 3 else "c"]}
+
 class Marks(Fake):
     """Notes when it is awake."""
     def __init__(self, config):
@@ -94,7 +98,11 @@ class Marks(Fake):
 def cases(rng):
     config = {"pause": 0.01, "size": 64}
     drawn = [Case(f"drawn {i}", nearby(rng, config, {"size": 8})) for i in range(3)] if rng else []
-    return [Case("named", config, tolerance=1e-6), Case("rate", config, unit="items/s", work=10.0), *drawn]
+    own = Case("own", config, pair=(Contestant("Words", "current"), Contestant("PEER", "current")), agreement=agree)
+    return [Case("named", config, tolerance=1e-6), Case("rate", config, unit="items/s", work=10.0), own, *drawn]
+
+def agree(ours, peer):
+    return None if ours["words"] == ["a", "b"] else f"{ours['words']} after {peer[1]:g}"
 
 BENCHMARK = Benchmark("fake", Contestant("OURS", "current"), Contestant("PEER", "current"), cases)
 '''
@@ -183,7 +191,13 @@ def test_a_hanging_worker_is_ended(compare):
 def test_a_failed_case_does_not_stop_the_others(compare):
     """One wrong shape must not hide the results of the rest."""
     lines = compare(ours="Wrong", only="")
-    assert ["error" in line for line in lines] == [True, True]
+    assert ["error" in line for line in lines] == [True, True, True]
+
+
+def test_a_case_has_its_own_pair_and_agreement(compare):
+    """Replies of words are no floats, and one subject may have several peers."""
+    (line,) = compare(ours="NoSuchClass", only="own")
+    assert line["error"] == "fake 1.0 and fake 1.0 disagree in turn 2: ['a', 'c'] after 3"
 
 
 def test_only_one_worker_is_awake(compare):
@@ -277,6 +291,8 @@ def test_every_benchmark_declares_known_environments():
             assert benchmark.name == path.stem
             assert {benchmark.ours.environment, benchmark.peer.environment} <= set(environments.ENVIRONMENTS)
             cases = benchmark.cases(random.Random(0))
+            used = {contestant.environment for case in cases for contestant in case.pair or ()}
+            assert used <= set(environments.ENVIRONMENTS)
             assert len(cases) >= len(benchmark.cases(None))
             assert json.loads(json.dumps([case.config for case in cases]))
 
