@@ -189,7 +189,12 @@ def server(
     words = [word.replace("{port}", str(port)) for word in command]
     started = time.perf_counter()
     environment = {**os.environ, **(variables or {})}
-    process = subprocess.Popen(words, env=environment, preexec_fn=die_with_parent)  # noqa: PLW1509  (no threads here)
+    process = subprocess.Popen(
+        words,
+        stdin=subprocess.DEVNULL,
+        env=environment,
+        preexec_fn=die_with_parent,  # noqa: PLW1509  (nothing here runs threads)
+    )
     url = f"http://127.0.0.1:{port}"
     try:
         while not healthy(url):

