@@ -2,7 +2,7 @@ import json
 
 import pytest
 
-from dovetail_text import Tokenizer, TokenizerError
+from dovetail_text import Tokenizer, TokenizerError, files
 
 
 @pytest.fixture
@@ -112,3 +112,23 @@ def test_interrupted_save_keeps_the_old_files(tokenizer, saved, monkeypatch):
     with pytest.raises(OSError, match="No space"):
         tokenizer.save_pretrained(saved)
     assert {p.name: p.read_bytes() for p in saved.iterdir()} == before
+
+
+@pytest.mark.parametrize("written", range(4))
+def test_an_interrupted_save_is_no_tokenizer(tokenizer, tmp_path, monkeypatch, written):
+    """A directory whose writer was killed reads as a tokenizer that lacks its template or its special tokens."""
+    replace, count = files._replace, iter(range(10))
+
+    def interrupted(path, text):
+        if next(count) == written:
+            raise KeyboardInterrupt
+        replace(path, text)
+
+    monkeypatch.setattr(files, "_replace", interrupted)
+    try:
+        tokenizer.save_pretrained(tmp_path)
+    except KeyboardInterrupt:
+        with pytest.raises(FileNotFoundError, match=r"tokenizer\.json does not exist"):
+            Tokenizer.from_pretrained(tmp_path)
+    else:
+        assert Tokenizer.from_pretrained(tmp_path).fingerprint == tokenizer.fingerprint

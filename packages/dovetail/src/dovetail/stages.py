@@ -49,7 +49,7 @@ def open_corpus(settings: Settings) -> dovetail_data.Corpus:
 
 def tokenizer_for(settings: Settings, corpus: dovetail_data.Corpus, directory: Path, ui: UI) -> dovetail_text.Tokenizer:
     """Return the tokenizer of the run from its directory, training or copying it there the first time."""
-    if directory.exists():
+    if (directory / "tokenizer.json").exists():  # written last
         return dovetail_text.Tokenizer.from_pretrained(directory)
     if settings.tokenizer is not None:
         tokenizer = dovetail_text.Tokenizer.from_pretrained(settings.tokenizer)

@@ -51,18 +51,19 @@ def read(path: pathlib.Path) -> Found:
 
 
 def write(path: pathlib.Path, found: Found) -> None:
-    """Write a directory."""
+    """Write a directory; what cannot be done without, ``tokenizer.json``, comes last and so tells that all is there."""
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     named = dict(found.named)
     if found.eos_tokens:
         named["eos_token"] = found.eos_tokens[0]
         config["eos_tokens"] = list(found.eos_tokens)
     config |= named
-    files = {"tokenizer.json": found.description, "special_tokens_map.json": _dump(named)}
+    files = {"special_tokens_map.json": _dump(named)}
     if found.chat_template is not None:
         config["chat_template"] = found.chat_template
         files["chat_template.jinja"] = found.chat_template
     files["tokenizer_config.json"] = _dump(config)
+    files["tokenizer.json"] = found.description
     path.mkdir(parents=True, exist_ok=True)
     for name, text in files.items():
         _replace(path / name, text)

@@ -106,7 +106,9 @@ class Tokenizer:
         return cls(found.description, eos_tokens=eos, named=found.named, chat_template=found.chat_template)
 
     def save_pretrained(self, path: str | pathlib.Path) -> None:
-        """Write a directory that `from_pretrained` and transformers' ``AutoTokenizer`` read; each file atomically.
+        """Write a directory that `from_pretrained` and transformers' ``AutoTokenizer`` read.
+
+        Each file appears whole, ``tokenizer.json`` after the others: a new directory that has it is complete.
 
         Raises:
             OSError: the directory cannot be written.
