@@ -6,8 +6,8 @@ import time
 
 import openai
 import pytest
-from dovetail_protocols.testing import FakeEngine
 
+from dovetail_protocols.testing import FakeEngine
 from dovetail_serve import Server
 from dovetail_serve.testing import ByteTokenizer
 

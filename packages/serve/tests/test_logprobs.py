@@ -3,8 +3,8 @@
 import math
 
 import pytest
-from dovetail_protocols import TokenLogprob
 
+from dovetail_protocols import TokenLogprob
 from dovetail_serve.testing import ByteTokenizer
 from dovetail_serve.tokens import TokenTexts, ranked
 

@@ -23,7 +23,11 @@ def test_roles_and_parts():
         {"role": "system", "content": "Be brief."},
         {"role": "system", "content": "Be kind."},
         {"role": "user", "content": "1+1?"},
-        {"role": "assistant", "content": "", "tool_calls": [{**CALL, "function": {"name": "add", "arguments": {"a": 1}}}]},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{**CALL, "function": {"name": "add", "arguments": {"a": 1}}}],
+        },
         {"role": "tool", "content": "2", "tool_call_id": "c1"},
         {"role": "assistant", "content": "It is 2."},
     ]
@@ -75,6 +79,9 @@ def test_wrong_messages_are_named(message, where):
 
 def test_messages_reach_the_template(api):
     """The template sees other messages than the client sent."""
-    messages = [{"role": "developer", "content": "Brief."}, {"role": "user", "content": [{"type": "text", "text": "é"}]}]
+    messages = [
+        {"role": "developer", "content": "Brief."},
+        {"role": "user", "content": [{"type": "text", "text": "é"}]},
+    ]
     assert api.post("chat/completions", messages=messages, max_tokens=1)[0] == 200
     assert bytes(api.engine.requests[-1].prompt).decode() == "system: Brief.\nuser: é\nassistant: "

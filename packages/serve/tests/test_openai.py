@@ -4,9 +4,9 @@ import asyncio
 
 import openai
 import pytest
+
 from dovetail_protocols import Request, SamplingParams
 from dovetail_protocols.testing import FakeEngine
-
 from dovetail_serve import ServeOptions
 from dovetail_serve.testing import ByteTokenizer
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import threading
 
 import openai
 import pytest
@@ -23,12 +24,6 @@ def transcript(api, kind, **fields):
     text = re.sub(r'"created":\d+', '"created":0', body.decode())
     text = re.sub(r"fp_[0-9a-f]{10}_v0", "FP", text)
     return re.sub(r"(cmpl|chatcmpl)-[0-9a-f]{32}", "ID", text)
-
-
-def completion(*choices, tail=""):
-    return "".join(
-        COMPLETION.replace("{}", choice).replace("}}\n", f"}}{tail}}}\n").replace("}}", "}", 0) for choice in choices
-    )
 
 
 def chunks(template, choices, tail=""):
@@ -132,8 +127,6 @@ def test_an_engine_that_closes_in_the_middle(launch, recorder, stream):
     with launch(recorder(delay=0.01)) as api:
         api.engine.pause()
         answer = []
-        import threading
-
         body = {"model": "tiny", "prompt": "Hi", "stream": stream, "max_tokens": 9}
         thread = threading.Thread(target=lambda: answer.append(api.call("POST", "/v1/completions", body)))
         thread.start()

@@ -95,22 +95,22 @@ class App:
 
     async def _refuse(self, scope: Scope, send: Send, error: ApiError) -> None:
         self.state.metrics.rejections.labels(str(error.status)).inc()
-        allowed = self._routes.get(scope["path"])
-        headers = [(b"allow", ", ".join(allowed).encode())] if error.status == 405 and allowed else []
+        headers = [(b"allow", ", ".join(self._methods(scope["path"])).encode())] if error.status == 405 else []
         await send_error(send, error, headers)
 
+    def _methods(self, path: str) -> dict[str, Handler]:
+        return {"GET": self._model} if path.startswith(f"{MODELS}/") else self._routes.get(path, {})
+
     def _route(self, scope: Scope) -> Handler:
-        path: str = scope["path"]
-        methods = self._routes.get(path)
-        if methods is None and path.startswith(f"{MODELS}/"):
-            methods = {"GET": self._model}
-        if methods is None:
+        path, method = scope["path"], scope["method"]
+        methods = self._methods(path)
+        if not methods:
             raise ApiError(404, f"there is no {path[:200]}; expected {', '.join(self._routes)}", code="unknown_url")
-        method = "GET" if scope["method"] == "HEAD" else scope["method"]
-        if method not in methods:
-            message = f"{scope['method']} {path[:200]} is not allowed; expected {', '.join(methods)}"
+        handler = methods.get("GET" if method == "HEAD" else method)
+        if handler is None:
+            message = f"{method} {path[:200]} is not allowed; expected {', '.join(methods)}"
             raise ApiError(405, message, code="method_not_allowed")
-        return methods[method]
+        return handler
 
     async def _health(self, scope: Scope, receive: Receive, send: Send) -> None:
         del scope, receive

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import math
+import os
 import signal
 import socket
 import threading
@@ -34,8 +35,8 @@ def serve(
 ) -> None:
     """Serve the OpenAI API until SIGTERM or Ctrl-C, then answer what was accepted and return.
 
-    From the signal on new requests are refused. What was accepted has ``options.drain_seconds``; a second Ctrl-C ends
-    it at once. The engine stays open: it is the caller's.
+    From the signal on new requests are refused. What was accepted has ``options.drain_seconds``; a second signal ends
+    it at once with an error. The engine stays open: it is the caller's.
 
     Args:
         engine: any engine.
@@ -157,8 +158,11 @@ class _Uvicorn(uvicorn.Server):
                 self._loop.call_soon_threadsafe(self._state.drain)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        super().handle_exit(sig, frame)
-        self.stop()
+        del sig, frame
+        if self.should_exit and self._loop is not None:
+            self._loop.call_soon_threadsafe(self._state.abort)
+        else:
+            self.stop()
 
     @contextlib.contextmanager
     def capture_signals(self) -> Generator[None, None, None]:
@@ -180,7 +184,7 @@ def _listen(host: str, port: int) -> socket.socket:
         family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
         return socket.create_server((host, port), family=family, backlog=BACKLOG)
     except OSError as error:
-        reason = error.strerror or str(error)
+        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror
         message = f"cannot listen on {host} port {port}: {reason}; choose another, or port 0 for any free one"
         raise OSError(error.errno, message) from error
 

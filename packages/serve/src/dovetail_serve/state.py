@@ -59,12 +59,12 @@ class State:
             seconds = self.options.drain_seconds
             self._deadline = time.monotonic() + seconds
             LOG.info("draining: %d replies in flight, at most %g s", self.admission.used, seconds)
-            asyncio.get_running_loop().call_later(seconds, self._abort)
+            asyncio.get_running_loop().call_later(seconds, self.abort)
 
-    def _abort(self) -> None:
-        message = f"the server stops and the reply took longer than drain_seconds={self.options.drain_seconds:g}"
+    def abort(self) -> None:
+        """Answer every open request with an error now."""
         for inbox in self.open:
-            inbox.end(ApiError(503, message, code="draining", retry_after=1))
+            inbox.end(ApiError(503, "the server stopped before the reply was complete", code="draining", retry_after=1))
 
     def check_open(self) -> None:
         """Raise a 503 when no request can be served.
