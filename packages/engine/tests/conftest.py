@@ -13,11 +13,28 @@ with jaxtyping.install_import_hook(("dovetail_engine", "dovetail_kernels"), "bea
 
 from engine_toys import Letters, tiny
 
+from dovetail_engine.programs import Programs
+from dovetail_engine.runner import Runner
+
+
+@pytest.fixture(scope="session")
+def compiled():
+    """Programs that were compiled already, by what they were compiled for."""
+    return {}
+
 
 @pytest.fixture
-def make_engine():
-    """Make engines of the tiny model that are closed after the test."""
-    made = []
+def make_engine(compiled, monkeypatch):
+    """Make engines of the tiny model that are closed after the test; programs of equal sizes are compiled once."""
+    made, compile_all = [], Runner._compile
+
+    def reuse(runner, build, params):
+        recipe = (build, runner.sizes, runner._dtype)
+        if recipe not in compiled:
+            compiled[recipe] = compile_all(runner, build, params).table
+        return Programs(dict(compiled[recipe]))
+
+    monkeypatch.setattr(Runner, "_compile", reuse)
 
     def make(build=None, params=None, *, tokenizer=None, **options):
         if build is None:

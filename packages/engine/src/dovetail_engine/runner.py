@@ -54,7 +54,8 @@ class Sizes:
     @functools.cached_property
     def token_buckets(self) -> tuple[int, ...]:
         """Tokens of the prefill programs."""
-        return buckets(16, self.chunk)
+        halves = buckets(16, self.chunk)
+        return tuple(sorted({*halves, *(3 * size // 2 for size in halves if 64 <= size < 3 * size // 2 < self.chunk)}))
 
     @functools.cached_property
     def context_buckets(self) -> tuple[int, ...]:
@@ -97,11 +98,14 @@ class Runner:
         self._shapes = [_cache_shape(spec, sizes) for spec in model.cache_specs()]
         self._dtype = jnp.dtype(dtype)
         self.reset()
+        self.programs = self._compile(build, params)
+
+    def _compile(self, build: Build, params: Any) -> Programs:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, self._cache))
         programs = {"prefill": prefill, "decode": decode}
         jitted = {name: jax.jit(functools.partial(f, build), donate_argnums=1) for name, f in programs.items()}
-        self.programs = Programs.compile(
-            lambda name, *size: jitted[name].lower(*shapes, self._blank(name, *size)), sizes.keys()
+        return Programs.compile(
+            lambda name, *size: jitted[name].lower(*shapes, self._blank(name, *size)), self.sizes.keys()
         )
 
     def reset(self) -> None:
