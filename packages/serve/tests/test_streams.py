@@ -144,6 +144,17 @@ def test_an_engine_that_closes_in_the_middle(launch, recorder, stream):
         assert api.call("GET", "/health")[0] == 503
 
 
+def test_an_engine_that_refuses_for_a_while(launch, recorder):
+    """An engine whose parameters are with the trainer for a moment is given up for ever."""
+    with launch(recorder()) as api:
+        api.engine.closed = True
+        assert api.post("completions")[0] == 503
+        assert api.call("GET", "/health")[0] == 503
+        api.engine.closed = False
+        assert api.post("completions")[0] == 200
+        assert api.call("GET", "/health")[0] == 200
+
+
 def test_a_bug_in_the_middle_is_an_error_event(launch, recorder, caplog):
     """An unexpected exception cuts the stream without a word, or leaves the engine running."""
 

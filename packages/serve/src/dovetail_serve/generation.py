@@ -116,7 +116,9 @@ class Generation:
             raise ApiError(400, f"the engine refuses the request: {error}", param=param, code=code) from error
         except RuntimeError as error:
             state.engine_closed = True
-            raise ApiError(503, f"the engine is closed: {error}", code="engine_closed", retry_after=60) from error
+            raise ApiError(
+                503, f"the engine refuses requests: {error}", code="engine_closed", retry_after=60
+            ) from error
 
     async def _deltas(self) -> AsyncIterator[list[tuple[int, Delta]]]:
         """Yield what has arrived, all that is there at once, until every reply has ended."""

@@ -67,24 +67,24 @@ class State:
             inbox.end(ApiError(503, "the server stopped before the reply was complete", code="draining", retry_after=1))
 
     def check_open(self) -> None:
-        """Raise a 503 when no request can be served.
+        """Raise a 503 when new requests are refused.
 
         Raises:
-            ApiError: the server drains, or the engine is closed.
+            ApiError: the server drains.
         """
         if self._deadline is not None:
             wait = max(1, math.ceil(self._deadline - time.monotonic()))
             raise ApiError(503, "the server is stopping; ask another one", code="draining", retry_after=wait)
-        if self.engine_closed:
-            raise ApiError(503, "the engine is closed", code="engine_closed", retry_after=60)
 
     async def health(self) -> None:
         """Raise a 503 unless requests can be served; asks the engine.
 
         Raises:
-            ApiError: the server drains, or the engine is closed or does not answer.
+            ApiError: the server drains, the engine refused the last request as closed, or does not answer.
         """
         self.check_open()
+        if self.engine_closed:
+            raise ApiError(503, "the engine refuses requests", code="engine_closed", retry_after=60)
         try:
             await asyncio.get_running_loop().run_in_executor(self.pool, self.engine.stats)
         except Exception as error:
