@@ -26,6 +26,8 @@ def run(out, *extra, fault=None, kill_when=None, largest_file=None, timeout=240)
     while child.is_alive() and time.monotonic() < limit:
         if kill_when is not None and kill_when():
             os.kill(child.pid, signal.SIGKILL)
+            child.join(60)
+            break
         child.join(0.02)
     if child.is_alive():
         os.kill(child.pid, signal.SIGKILL)
