@@ -93,7 +93,11 @@ def finish(job: "Pretraining", out: Path, seed: int, ui: "UI") -> None:
     """Evaluate the trained model, sample from it, write the report and say what to do next."""
     with ui.stage("Evaluation"):
         results, samples, unigram = _examine(job, out, seed, ui)
+    with ui.stage("Serving"):
+        results += _serve(out, seed, ui)
     nexts = (
+        ("serve the model over the OpenAI API", f"dovetail serve {out / 'model'}"),
+        ("continue a text", f"dovetail generate {out / 'model'} 'import os'"),
         ("look at the checkpoints", f"dovetail checkpoint ls {out / 'checkpoints'}"),
         ("check them", f"dovetail checkpoint verify {out / 'checkpoints'} --all"),
         ("see a training batch", f"dovetail data show {out / 'cache'} --step 0 --tokenizer {out / 'tokenizer'}"),
@@ -108,6 +112,22 @@ def finish(job: "Pretraining", out: Path, seed: int, ui: "UI") -> None:
     ui.console.print("[bold]Next:[/]")
     for what, command in nexts:
         ui.say(f"{what}: {command}")
+
+
+def _serve(out: Path, seed: int, ui: "UI") -> list[Pair]:
+    """Ask the exported model over the OpenAI API; return request and answer for the report."""
+    from dovetail.serving import ask
+
+    answer = ask(out / "model", PROMPTS[0], max_tokens=64, seed=seed)
+    ui.say(f"ready in {answer.ready_seconds:.1f} s; {answer.tokens} tokens in {answer.seconds:.2f} s")
+    ui.console.print(PROMPTS[0] + answer.text, style="green", markup=False)
+    return [
+        ("asked over the OpenAI API", PROMPTS[0]),
+        ("answer", answer.text),
+        ("server ready after", f"{answer.ready_seconds:.1f} s"),
+        ("first text after", f"{answer.first_seconds * 1e3:.0f} ms"),
+        ("answer's speed", f"{answer.tokens / answer.seconds:,.0f} tokens per second, one request at a time"),
+    ]
 
 
 def _examine(job: "Pretraining", out: Path, seed: int, ui: "UI") -> tuple[list[Pair], list[Pair], float]:

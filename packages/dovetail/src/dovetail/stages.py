@@ -22,6 +22,7 @@ import dovetail_profile
 import dovetail_runtime
 import dovetail_text
 import dovetail_train
+from dovetail.pretrained import llama_config
 from dovetail.settings import Settings
 from dovetail.ui import UI, TrainingBar
 from dovetail_protocols import CommandError
@@ -131,18 +132,7 @@ class Pretraining:
         self.evaluation = Evaluation(valid, jax.jit(loss), plan(valid, seed=0, epochs=1), self.trainer.put)
 
     def _builder(self, vocab_size: int) -> Callable[[], dovetail_models.Llama]:
-        model = self.settings.model
-        config = dovetail_models.LlamaConfig(
-            vocab_size=vocab_size,
-            features=model.features,
-            hidden=model.hidden,
-            layers=model.layers,
-            heads=model.heads,
-            kv_heads=model.kv_heads,
-            rope_theta=model.rope_theta,
-            tied=model.tied,
-            max_position=self.settings.seq_len,
-        )
+        config = llama_config(self.settings, vocab_size)
         return lambda: dovetail_models.Llama(config, rngs=nnx.Rngs(self.settings.seed))
 
     @property
