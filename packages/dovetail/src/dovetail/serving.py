@@ -186,9 +186,9 @@ class Generate:
                 with engine.submit(request) as stream:
                     for delta in stream:
                         print(delta.text, end="", flush=True)
+                        if delta.error:
+                            raise CommandError(delta.error)
                 print()
-        if delta.error:
-            raise CommandError(delta.error)
         return 0
 
     def _request(self, model: "Pretrained") -> "Request":

@@ -6,6 +6,7 @@ commands in a queue.
 
 import collections
 import dataclasses
+import functools
 import logging
 import secrets
 import threading
@@ -84,25 +85,14 @@ class Engine:
 
     def submit(self, request: Request, deliver: Callable[[Delta], None] | None = None) -> QueueStream:
         """Queue a request, see `dovetail_protocols.Engine.submit`."""
-        self._check(request)
-        row = Row(list(request.prompt), len(request.prompt) + request.sampling.max_tokens)
-        stream = QueueStream(lambda: self._post(lambda: self._cancel(row)), pushed=deliver is not None)
-        sampling = request.sampling
-        ends = () if sampling.ignore_eos or self._tokenizer is None else tuple(self._tokenizer.eos_ids)
-        stops = tuple(dict.fromkeys((*sampling.stop_token_ids, *ends)))
-        job = _Job(
-            reply=Reply(request, frozenset(stops), self._tokenizer),
-            sampling=RowSampling(sampling, _seed(sampling), stops),
-            deliver=deliver or stream.deltas.put,
-        )
-        if not self._post(lambda: self._begin(row, job)):
-            raise RuntimeError("the engine is closed; make a new one")
-        return stream
+        return self._submit([request], deliver)[0]
 
     def generate(self, requests: Sequence[Request]) -> list[Completion]:
-        """Run requests to their end, see `dovetail_protocols.Engine.generate`."""
-        streams = [self.submit(request) for request in requests]
-        return [Completion.join(list(stream)) for stream in streams]
+        """Run requests to their end, see `dovetail_protocols.Engine.generate`.
+
+        They are queued together, so that on an idle engine the same requests make the same batches.
+        """
+        return [Completion.join(list(stream)) for stream in self._submit(requests, None)]
 
     def update_params(self, params: Any, version: int, *, copy: bool = True) -> None:
         """Replace the parameters between two steps, see `dovetail_protocols.Engine.update_params`."""
@@ -148,6 +138,26 @@ class Engine:
         self.close()
 
     # On the caller's thread ---------------------------------------------------------------------------------------
+
+    def _submit(self, requests: Sequence[Request], deliver: Callable[[Delta], None] | None) -> list[QueueStream]:
+        for request in requests:
+            self._check(request)
+        jobs: dict[Row, _Job] = {}
+        streams: list[QueueStream] = []
+        for request in requests:
+            row = Row(list(request.prompt), len(request.prompt) + request.sampling.max_tokens)
+            streams.append(QueueStream(functools.partial(self._post, lambda row=row: self._cancel(row)), deliver))
+            jobs[row] = self._job(request, deliver or streams[-1].deltas.put)
+        if not self._post(lambda: self._begin(jobs)):
+            raise RuntimeError("the engine is closed; make a new one")
+        return streams
+
+    def _job(self, request: Request, deliver: Callable[[Delta], None]) -> "_Job":
+        sampling = request.sampling
+        ends = () if sampling.ignore_eos or self._tokenizer is None else tuple(self._tokenizer.eos_ids)
+        stops = tuple(dict.fromkeys((*sampling.stop_token_ids, *ends)))
+        reply = Reply(request, frozenset(stops), self._tokenizer)
+        return _Job(reply, RowSampling(sampling, _seed(sampling), stops), deliver)
 
     def _check(self, request: Request) -> None:
         vocab = self._runner.vocab_size
@@ -216,11 +226,13 @@ class Engine:
             if self._jobs and not self._paused:
                 return True
 
-    def _begin(self, row: Row, job: "_Job") -> None:
+    def _begin(self, jobs: "dict[Row, _Job]") -> None:
         with self._wake:
-            self._jobs[row] = job
-            self._counts["requests"] += 1
-            self._scheduler.add(row)
+            self._jobs |= jobs
+            self._counts["requests"] += len(jobs)
+            for row in jobs:
+                self._counts["tokens_in"] += len(row.tokens)
+                self._scheduler.add(row)
 
     def _cancel(self, row: Row) -> None:
         if row in self._jobs:

@@ -2,6 +2,7 @@
 
 import functools
 import os
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -30,7 +31,7 @@ def load_engine(
     from dovetail_text import Tokenizer
 
     model = from_pretrained(path, param_dtype=dtype)
-    tokenizer = Tokenizer.from_pretrained(path)
+    tokenizer = Tokenizer.from_pretrained(Path(path))
     definition, params = split(model)
     if options is None:
         options = EngineOptions()

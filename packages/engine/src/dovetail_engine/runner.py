@@ -54,8 +54,8 @@ class Sizes:
     @functools.cached_property
     def token_buckets(self) -> tuple[int, ...]:
         """Tokens of the prefill programs."""
-        halves = buckets(16, self.chunk)
-        return tuple(sorted({*halves, *(3 * size // 2 for size in halves if 64 <= size < 3 * size // 2 < self.chunk)}))
+        sizes = buckets(16, self.chunk, 4)
+        return tuple(sorted({*sizes, *(self.chunk * part // 4 for part in (2, 3) if self.chunk >= 64)}))
 
     @functools.cached_property
     def context_buckets(self) -> tuple[int, ...]:
@@ -95,7 +95,7 @@ class Runner:
         self.sizes = sizes
         model = build(params)
         self.vocab_size: int = model.vocab_size
-        self._shapes = [_cache_shape(spec, sizes) for spec in model.cache_specs()]
+        self._shapes = [_cache_shapes(spec, sizes) for spec in model.cache_specs()]
         self._dtype = jnp.dtype(dtype)
         self.reset()
         self.programs = self._compile(build, params)
@@ -225,22 +225,16 @@ class RowSampling:
         return self.params.logprobs or 0
 
 
-def _cache_shape(spec: CacheSpec, sizes: Sizes) -> tuple[tuple[int, ...], tuple[int, ...]]:
+def _cache_shapes(spec: CacheSpec, sizes: Sizes) -> list[tuple[int, ...]]:
     if not isinstance(spec, FullCache | WindowCache):
         raise ValueError(f"the model has a layer with {type(spec).__name__}; expected FullCache or WindowCache")
-    return tuple((sizes.pages, spec.kv_heads, sizes.page, dim) for dim in (spec.key_dim, spec.value_dim))
+    return [(sizes.pages, spec.kv_heads, sizes.page, dim) for dim in (spec.key_dim, spec.value_dim)]
 
 
 def _blank_sampling(rows: int) -> Sampling:
-    zeros = np.zeros(rows, np.int32)
-    return Sampling(
-        np.zeros(rows, np.float32),
-        zeros,
-        np.ones(rows, np.float32),
-        np.zeros(rows, np.float32),
-        np.zeros(rows, np.uint32),
-        zeros.copy(),
-    )
+    dtypes = (np.float32, np.int32, np.float32, np.float32, np.uint32, np.int32)
+    blank: list[Any] = [np.zeros(rows, dtype) for dtype in dtypes]
+    return Sampling(*blank)._replace(top_p=np.ones(rows, np.float32))
 
 
 def _fill(how: Sampling, rows: Sequence[RowSampling], positions: Sequence[int]) -> None:

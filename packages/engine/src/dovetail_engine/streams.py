@@ -16,14 +16,14 @@ class QueueStream:
 
     Args:
         cancel: cancels the request; does nothing once it has ended.
-        pushed: deltas go to a callback, so that nobody iterates and forgetting the stream means nothing.
+        deliver: where deltas go instead, so that nobody iterates and forgetting the stream means nothing.
     """
 
-    def __init__(self, cancel: Callable[[], None], *, pushed: bool) -> None:
+    def __init__(self, cancel: Callable[[], object], deliver: Callable[[Delta], None] | None) -> None:
         self.deltas: queue.SimpleQueue[Delta] = queue.SimpleQueue()
-        self._ended = pushed
+        self._ended = deliver is not None
         self._cancel = cancel
-        if not pushed:
+        if deliver is None:
             weakref.finalize(self, cancel).atexit = False
 
     def __iter__(self) -> Iterator[Delta]:

@@ -67,7 +67,7 @@ class Request:
 
 @dataclasses.dataclass(frozen=True)
 class TokenLogprob:
-    """The natural log-probability of the chosen token, and of the likeliest alternatives ``{id: value}``."""
+    """The natural log-probability of the chosen token, and of the likeliest other ones ``{id: value}``."""
 
     value: float
     top: Mapping[int, float] = dataclasses.field(default_factory=dict[int, float])
