@@ -82,7 +82,8 @@ class DovetailServer(Served):
 
     def command(self, model: Path, c: dict[str, Any]) -> list[str]:
         """With room for as many requests as the case has at once."""
-        return [script("dovetail"), "serve", str(model), "--port", "{port}", "--max-running", str(c["at_once"])]
+        sizes = ["--max-running", str(c["at_once"]), "--max-length", str(c["prompt"] + c["output"])]
+        return [script("dovetail"), "serve", str(model), "--port", "{port}", *sizes]
 
 
 class VllmServer(Served):
