@@ -1,0 +1,144 @@
+"""Sampling against float64 sorts, closed forms and frequencies."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dovetail_kernels import Sampling, filter_logits, sample, token_logprobs, top_logprobs
+
+
+def how(rows=1, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, position=0):
+    """Return parameters; each is one value for all rows, or one per row."""
+    dtypes = (jnp.float32, jnp.int32, jnp.float32, jnp.float32, jnp.uint32, jnp.int32)
+    values = (temperature, top_k, top_p, min_p, seed, position)
+    return Sampling(*(jnp.broadcast_to(jnp.asarray(v, d), (rows,)) for v, d in zip(values, dtypes, strict=True)))
+
+
+def kept(logits, temperature, top_k, top_p, min_p):
+    """Return which tokens stay, by sorting in float64; None where rounding could decide the nucleus."""
+    scaled = np.asarray(np.float32(logits) / np.float32(temperature), np.float64)
+    stay = np.ones(len(scaled), bool)
+    if 0 < top_k < len(scaled):
+        stay &= scaled >= np.sort(scaled)[-top_k]
+    if top_p < 1:
+        mass = np.where(stay, np.exp(scaled - scaled.max()), 0.0)
+        order = np.argsort(-scaled, kind="stable")
+        total = np.cumsum(mass[order] / mass.sum())
+        if np.min(np.abs(total - np.float32(top_p))) < 1e-5:
+            return None
+        last = scaled[order[np.searchsorted(total, top_p)]]
+        stay &= scaled >= last
+    if min_p > 0:
+        floor = scaled.max() + np.log(np.float32(min_p))
+        if np.min(np.abs(scaled - floor)) < 1e-5 and min_p < 1:
+            return None
+        stay &= scaled >= min(floor, scaled.max())
+    return stay
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    seed=st.integers(0, 2**32 - 1),
+    vocab=st.sampled_from([1, 2, 7, 50]),
+    spread=st.sampled_from([0.0, 0.1, 3.0, 1e4]),
+    temperature=st.sampled_from([0.1, 1.0, 2.5]),
+    top_k=st.sampled_from([0, 1, 3, 49, 50, 1000]),
+    top_p=st.sampled_from([1e-6, 0.3, 0.9, 1.0]),
+    min_p=st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+)
+def test_filters_keep_what_a_sort_keeps(seed, vocab, spread, temperature, top_k, top_p, min_p):
+    """A filter keeps too much or too little for some logits: ties, negative numbers, extreme temperatures."""
+    logits = np.random.default_rng(seed).standard_normal(vocab) * spread
+    expected = kept(logits, temperature, top_k, top_p, min_p)
+    if expected is None:
+        return
+    params = how(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    got = np.asarray(JITTED(jnp.asarray(logits, jnp.float32)[None], params))[0]
+    np.testing.assert_array_equal(np.isfinite(got), expected)
+    np.testing.assert_allclose(got[expected], np.float32(logits[expected]) / np.float32(temperature), rtol=1e-6)
+
+
+JITTED = jax.jit(filter_logits)
+
+
+def test_min_p_is_relative_to_the_likeliest_probability():
+    """min_p scales logits instead of probabilities: p = [.5, .3, .15, .05] at .5 must leave [.625, .375]."""
+    logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
+    probabilities = jax.nn.softmax(filter_logits(logits, how(min_p=0.5)), -1)
+    np.testing.assert_allclose(probabilities[0], [0.625, 0.375, 0.0, 0.0], atol=1e-6)
+
+
+def test_temperature_comes_before_the_nucleus():
+    """The nucleus is taken at temperature 1: at 4 these four are nearly even, and .8 of the mass needs all of them."""
+    logits = jnp.log(jnp.asarray([[0.7, 0.1, 0.1, 0.1]]))
+    assert np.isfinite(filter_logits(logits, how(top_p=0.8))).sum() == 4  # the three others tie
+    logits = jnp.log(jnp.asarray([[0.81, 0.1, 0.06, 0.03]]))
+    assert np.isfinite(filter_logits(logits, how(top_p=0.8))).sum() == 1
+    assert np.isfinite(filter_logits(logits, how(top_p=0.8, temperature=4.0))).sum() == 3
+
+
+@pytest.mark.parametrize(
+    "params", [{}, {"temperature": 2.0}, {"top_k": 3}, {"top_p": 0.7}, {"min_p": 0.3, "temperature": 1.5}]
+)
+def test_tokens_come_as_often_as_they_should(params):
+    """Samples are drawn from another distribution than the filtered softmax (chi-square of 20,000 draws, p > 1e-4)."""
+    logits = jnp.asarray([1.0, 0.2, -0.5, 1.5, -2.0, 0.0])
+    draws = 20000
+    rows = jnp.broadcast_to(logits, (draws, 6))
+    chosen = np.asarray(jax.jit(sample)(rows, how(draws, **params, seed=jnp.arange(draws), position=5)))
+    expected = np.asarray(jax.nn.softmax(filter_logits(logits[None], how(**params)), -1))[0] * draws
+    counts = np.bincount(chosen, minlength=6)
+    assert not counts[expected == 0].any()
+    inside = expected > 0
+    chi2 = ((counts - expected)[inside] ** 2 / expected[inside]).sum()
+    limits = {2: 15.2, 3: 18.5, 4: 21.2, 5: 23.6, 6: 25.8}
+    assert chi2 < limits[int(inside.sum())]
+
+
+def test_a_row_depends_on_itself_alone():
+    """Neighbours, their number or their parameters change a row's token."""
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((6, 40)), jnp.float32)
+    alone = [int(sample(logits[i : i + 1], how(temperature=0.9, top_k=9, seed=7 + i, position=i))[0]) for i in range(6)]
+    params = how(6, temperature=0.9, top_k=9, seed=7 + jnp.arange(6), position=jnp.arange(6))
+    assert sample(logits, params).tolist() == alone
+    greedy = params._replace(temperature=params.temperature.at[2].set(0.0), top_k=params.top_k.at[4].set(0))
+    mixed = sample(logits, greedy).tolist()
+    assert [mixed[i] for i in (0, 1, 3, 5)] == [alone[i] for i in (0, 1, 3, 5)]
+    assert mixed[2] == int(logits[2].argmax())
+
+
+def test_seed_and_position_both_matter():
+    """Every position of a reply, or every request, gets the same random numbers."""
+    logits = jnp.zeros((64, 1000))
+    by_position = sample(logits, how(64, seed=3, position=jnp.arange(64)))
+    by_seed = sample(logits, how(64, seed=jnp.arange(64), position=3))
+    assert len(set(by_position.tolist())) > 55
+    assert len(set(by_seed.tolist())) > 55
+
+
+def test_greedy_takes_the_first_of_equals():
+    """Ties are broken by chance at temperature 0."""
+    assert sample(jnp.asarray([[1.0, 3.0, 3.0]]), how(temperature=0.0)).tolist() == [1]
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_logprobs_are_those_of_the_unfiltered_softmax(dtype):
+    """Reported log-probabilities are not what a trainer computes."""
+    logits = jnp.asarray(np.random.default_rng(1).standard_normal((4, 33)) * 5, dtype)
+    exact = np.asarray(logits.astype(jnp.float32), np.float64)
+    exact = exact - np.log(np.exp(exact).sum(-1, keepdims=True))
+    tokens = jnp.asarray([0, 5, 32, 7])
+    np.testing.assert_allclose(token_logprobs(logits, tokens), exact[np.arange(4), tokens], atol=1e-5)
+    values, ids = top_logprobs(logits, 5)
+    np.testing.assert_allclose(values, -np.sort(-exact, -1)[:, :5], atol=1e-5)
+    np.testing.assert_allclose(np.take_along_axis(exact, np.asarray(ids), -1), values, atol=1e-5)
+
+
+def test_logits_that_are_not_finite_show_in_the_logprob():
+    """A model that broke is answered with a token as if nothing were wrong."""
+    logits = jnp.asarray([[0.0, jnp.nan], [0.0, 1.0], [jnp.inf, 0.0]])
+    tokens = sample(logits, how(3, temperature=0.0))
+    assert np.isnan(token_logprobs(logits, tokens)).tolist() == [True, False, True]
