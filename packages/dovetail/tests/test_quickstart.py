@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import re
+import shlex
 import signal
 import sysconfig
 import time
@@ -63,9 +64,13 @@ def test_everything_is_written_and_said(whole):
     found = re.search(r"validation: ([\d.]+) bits per byte; unigram baseline: ([\d.]+)", shown)
     assert float(found[1]) < float(found[2])
     assert "dovetail checkpoint ls" in shown
+    assert f"dovetail serve {whole / 'model'}" in shown
+    assert re.search(r"ready in [\d.]+ s, then [\d,]+ tokens per second", shown)
     page = (whole / "report.html").read_text()
     assert "<svg" in page
     assert "bits per byte" in page
+    assert "server ready after" in page
+    assert "<b>import os" in page
     assert "http://" not in re.sub(r'xmlns[:\w]*="[^"]*"|<!DOCTYPE[^>]*>|<(cc|rdf|dc):[^>]*>', "", page)
     written = {path.name for path in (whole / "model").iterdir()}
     assert written >= {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"}
@@ -160,11 +165,13 @@ def test_the_printed_next_steps_work(whole, capsys):
     from dovetail.cli import main
 
     shown = Path(str(whole) + ".log").read_text()
-    found = re.findall(r"^  [\w ]+: dovetail (checkpoint .*|data .*)$", shown, re.MULTILINE)
-    assert len(found) == 3
+    found = re.findall(r"^  [\w ]+: dovetail (checkpoint .*|data .*|generate .*)$", shown, re.MULTILINE)
+    assert len(found) == 4
     for command in found:
-        assert main(command.split()) == 0, command
-    assert "good  step 40" in capsys.readouterr().out
+        assert main(shlex.split(command)) == 0, command
+    shown = capsys.readouterr().out
+    assert "good  step 40" in shown
+    assert "import os" in shown
 
 
 def test_an_existing_run_is_refused(whole):

@@ -90,11 +90,12 @@ class Quickstart:
 
 
 def finish(job: "Pretraining", out: Path, seed: int, ui: "UI") -> None:
-    """Evaluate the trained model, sample from it, write the report and say what to do next."""
+    """Evaluate the trained model, serve it and ask it, write the report and say what to do next."""
     with ui.stage("Evaluation"):
-        results, samples, unigram = _examine(job, out, seed, ui)
+        results, unigram = _examine(job, out, ui)
     with ui.stage("Serving"):
-        results += _serve(out, seed, ui)
+        samples, speed = _serve(out, seed, ui)
+        results += speed
     nexts = (
         ("serve the model over the OpenAI API", f"dovetail serve {out / 'model'}"),
         ("continue a text", f"dovetail generate {out / 'model'} 'import os'"),
@@ -114,39 +115,35 @@ def finish(job: "Pretraining", out: Path, seed: int, ui: "UI") -> None:
         ui.say(f"{what}: {command}")
 
 
-def _serve(out: Path, seed: int, ui: "UI") -> list[Pair]:
-    """Ask the exported model over the OpenAI API; return request and answer for the report."""
+def _serve(out: Path, seed: int, ui: "UI") -> tuple[list[Pair], list[Pair]]:
+    """Ask the exported model over the OpenAI API; return what it answered, and how fast."""
     from dovetail.serving import ask
 
-    answer = ask(out / "model", PROMPTS[0], max_tokens=64, seed=seed)
-    ui.say(f"ready in {answer.ready_seconds:.1f} s; {answer.tokens} tokens in {answer.seconds:.2f} s")
-    ui.console.print(PROMPTS[0] + answer.text, style="green", markup=False)
-    return [
-        ("asked over the OpenAI API", PROMPTS[0]),
-        ("answer", answer.text),
-        ("server ready after", f"{answer.ready_seconds:.1f} s"),
-        ("first text after", f"{answer.first_seconds * 1e3:.0f} ms"),
-        ("answer's speed", f"{answer.tokens / answer.seconds:,.0f} tokens per second, one request at a time"),
+    answers, ready = ask(out / "model", PROMPTS, max_tokens=96, seed=seed)
+    samples = [(prompt, prompt + answer.text) for prompt, answer in zip(PROMPTS, answers, strict=True)]
+    for _, text in samples:
+        ui.console.print(text, style="green", markup=False)
+    tokens, seconds = sum(answer.tokens for answer in answers), sum(answer.seconds for answer in answers)
+    first = min(answer.first_seconds for answer in answers)
+    ui.say(f"ready in {ready:.1f} s, then {tokens / seconds:,.0f} tokens per second, one request at a time")
+    return samples, [
+        ("server ready after", f"{ready:.1f} s"),
+        ("first text of an answer after", f"{first * 1e3:.0f} ms"),
+        ("answers", f"{tokens} tokens, {tokens / seconds:,.0f} per second, one request at a time"),
     ]
 
 
-def _examine(job: "Pretraining", out: Path, seed: int, ui: "UI") -> tuple[list[Pair], list[Pair], float]:
-    """Return results and samples for the report, and the unigram baseline in bits per byte."""
+def _examine(job: "Pretraining", out: Path, ui: "UI") -> tuple[list[Pair], float]:
+    """Return results for the report, and the unigram baseline in bits per byte."""
     import dovetail_data
-    from dovetail.sampling import sample
-    from dovetail_text import Tokenizer
 
     means = job.evaluation(job.trainer.params)
     unigram = dovetail_data.unigram_bits_per_byte(job.train_view, job.evaluation.view)
     ui.say(f"validation: {means['bits_per_byte']:.3f} bits per byte; unigram baseline: {unigram:.3f}")
-    tokenizer = Tokenizer.from_pretrained(out / "tokenizer")
-    texts = sample(job.definition, job.trainer.params, tokenizer, PROMPTS, seed=seed)
-    for text in texts:
-        ui.console.print(text, style="green", markup=False)
     results = [
         ("validation", f"{means['bits_per_byte']:.3f} bits per byte"),
         ("unigram baseline", f"{unigram:.3f} bits per byte"),
         ("validation loss", f"{means['loss']:.3f} nats per token"),
         *job.results(out),
     ]
-    return results, list(zip(PROMPTS, texts, strict=True)), unigram
+    return results, unigram

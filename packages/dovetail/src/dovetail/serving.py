@@ -4,13 +4,15 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dovetail_protocols import CommandError
 
 if TYPE_CHECKING:
+    from openai import OpenAI
+
     from dovetail.pretrained import Pretrained
     from dovetail_engine import Engine
     from dovetail_protocols import Request
@@ -48,20 +50,22 @@ class Answer:
     Attributes:
         text: of the reply.
         tokens: of the reply.
-        ready_seconds: from opening the model to a server that answers.
         first_seconds: from the request to the first text.
         seconds: of the whole reply.
     """
 
     text: str
     tokens: int
-    ready_seconds: float
     first_seconds: float
     seconds: float
 
 
-def ask(directory: Path, prompt: str, *, max_tokens: int, seed: int) -> Answer:
-    """Serve a model on a free port, ask it to continue a prompt with the OpenAI client, and stop the server."""
+def ask(directory: Path, prompts: Sequence[str], *, max_tokens: int, seed: int) -> tuple[list[Answer], float]:
+    """Serve a model on a free port, have the OpenAI client ask it to continue each prompt, and stop the server.
+
+    Returns:
+        The answers, and the seconds from opening the model to a server that answered.
+    """
     import openai
 
     import dovetail_serve
@@ -74,24 +78,33 @@ def ask(directory: Path, prompt: str, *, max_tokens: int, seed: int) -> Answer:
         dovetail_serve.Server(engine, model.tokenizer, model=model.name) as server,
         openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0) as client,
     ):
-        ready = time.perf_counter()
-        room = engine.options.max_length - len(model.tokenizer.encode(prompt))
-        chunks = client.completions.create(
-            model=model.name,
-            prompt=prompt,
-            max_tokens=min(max_tokens, room),
-            temperature=0.7,
-            seed=seed,
-            stream=True,
-            stream_options={"include_usage": True},
-        )
-        text, tokens, first = "", 0, 0.0
-        for chunk in chunks:
-            text += "".join(choice.text for choice in chunk.choices)
-            first = first or (time.perf_counter() if text else 0.0)
-            tokens = chunk.usage.completion_tokens if chunk.usage else tokens
-        end = time.perf_counter()
-    return Answer(text, tokens, ready - begin, (first or end) - ready, end - ready)
+        ready = time.perf_counter() - begin
+        rooms = [engine.options.max_length - len(model.tokenizer.encode(prompt)) for prompt in prompts]
+        counts = [min(max_tokens, room) for room in rooms]
+        try:
+            return [_answer(client, model.name, *each, seed) for each in zip(prompts, counts, strict=True)], ready
+        except openai.OpenAIError as error:
+            raise CommandError(f"the server at {server.base_url} did not answer: {error}") from error
+
+
+def _answer(client: "OpenAI", model: str, prompt: str, max_tokens: int, seed: int) -> Answer:
+    begin = time.perf_counter()
+    chunks = client.completions.create(
+        model=model,
+        prompt=prompt,
+        max_tokens=max_tokens,
+        temperature=0.7,
+        seed=seed,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    text, tokens, first = "", 0, 0.0
+    for chunk in chunks:
+        text += "".join(choice.text for choice in chunk.choices)
+        first = first or (time.perf_counter() - begin if text else 0.0)
+        tokens = chunk.usage.completion_tokens if chunk.usage else tokens
+    seconds = time.perf_counter() - begin
+    return Answer(text, tokens, first or seconds, seconds)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
