@@ -142,6 +142,18 @@ def test_logits_that_are_not_finite_are_an_error_not_a_token(make_engine):
     assert "not finite" in done.error
 
 
+def test_parameters_that_broke_leave_nothing_behind(make_engine):
+    """Pages that a broken model filled with NaN poison the requests that get them next."""
+    build, params = tiny()
+    engine = make_engine(build, params, cache_tokens=64)
+    engine.update_params(jax.tree.map(lambda x: x * jnp.nan, params), 1)
+    broken = engine.generate([ask(range(1, 40)) for _ in range(4)])
+    assert {done.finish_reason for done in broken} == {"error"}
+    engine.update_params(params, 2)
+    for prompt in ((1, 2, 3), tuple(range(1, 30))):
+        assert check_greedy(prompt, engine.generate([ask(prompt)])[0]) == 12
+
+
 def test_a_forgotten_stream_frees_what_it_held(make_engine):
     """Leaving a loop early keeps the request running to its end."""
     engine = make_engine(max_length=2000, decode_steps=1)

@@ -71,9 +71,9 @@ class PrefillMixer(_Mixer):
         near_k, near_v = (x.astype(keys.dtype).transpose(1, 0, 2) for x in (key, value))
         seen = self._inside(window)
         if self.context is not None:
-            near_k = jnp.concatenate([_flatten(keys[self.context]), near_k], 1)
-            near_v = jnp.concatenate([_flatten(values[self.context]), near_v], 1)
-            seen = jnp.concatenate([self._before(window, keys.shape[2]), seen], 1)
+            near_k = jnp.concatenate([self._held(keys), near_k], 1)
+            near_v = jnp.concatenate([self._held(values), near_v], 1)
+            seen = jnp.concatenate([self._before(window), seen], 1)
         grouped = _groups(query, key.shape[1]).transpose(1, 2, 0, 3)  # [kv_heads, group, tokens, dim]
         logits = jnp.einsum("kgtd,ksd->kgts", grouped, near_k.astype(query.dtype)).astype(jnp.float32) * scale
         weights = jax.nn.softmax(jnp.where(seen, logits, _HIDDEN), -1).astype(query.dtype)
@@ -91,10 +91,17 @@ class PrefillMixer(_Mixer):
         seen = (self.segments[:, None] == self.segments[None]) & (distance >= 0)
         return seen if window is None else seen & (distance < window)
 
-    def _before(self, window: int | None, page_size: int) -> jax.Array:
+    def _held(self, pool: jax.Array) -> Float[Array, "kv_heads places dim"]:
+        """Return the first sequence's cached positions; what its pages hold beyond them may be NaN and becomes 0."""
+        pages = pool[self.context]
+        count, heads, size, dim = pages.shape
+        own = jnp.arange(count * size, dtype=jnp.int32) < self.positions[0]
+        return jnp.where(own[:, None], pages.transpose(1, 0, 2, 3).reshape(heads, count * size, dim), 0)
+
+    def _before(self, window: int | None) -> jax.Array:
         """Return which token sees which cached position of the first sequence."""
         assert self.context is not None
-        places = jnp.arange(self.context.shape[0] * page_size, dtype=jnp.int32)[None]
+        places = jnp.arange(self.context.shape[0] * self.cache[0][0].shape[2], dtype=jnp.int32)[None]
         seen = (self.segments == 1)[:, None] & (places < self.positions[0])
         return seen if window is None else seen & (self.positions[:, None] - places < window)
 
@@ -118,13 +125,17 @@ class DecodeMixer(_Mixer):
 
     @classmethod
     def load(cls, cache: Cache, pages: Int[Array, "rows pages"], lengths: Int[Array, " rows"], steps: int) -> Any:
-        """Copy the pages of all rows, with room for `steps` tokens after them."""
+        """Copy the pages of all rows, with room for `steps` tokens after them.
+
+        What a page holds beyond its row's tokens is another request's and may be NaN; it becomes 0.
+        """
 
         def gather(pool: jax.Array) -> jax.Array:
             rows, count = pages.shape
             _, heads, size, dim = pool.shape
             held = pool[pages].transpose(0, 2, 1, 3, 4).reshape(rows, heads, count * size, dim)
-            return jnp.pad(held, ((0, 0), (0, 0), (0, steps), (0, 0)))
+            own = jnp.arange(count * size, dtype=jnp.int32) < lengths[:, None]
+            return jnp.pad(jnp.where(own[:, None, :, None], held, 0), ((0, 0), (0, 0), (0, steps), (0, 0)))
 
         return cls(tuple((gather(k), gather(v)) for k, v in cache), lengths, jnp.int32(0), steps)
 
@@ -180,8 +191,3 @@ def _groups(query: jax.Array, kv_heads: int) -> jax.Array:
     """Return ``[tokens, kv_heads, group, dim]``."""
     tokens, heads, dim = query.shape
     return query.reshape(tokens, kv_heads, heads // kv_heads, dim)
-
-
-def _flatten(pages: Float[Array, "pages kv_heads size dim"]) -> Float[Array, "kv_heads places dim"]:
-    count, heads, size, dim = pages.shape
-    return pages.transpose(1, 0, 2, 3).reshape(heads, count * size, dim)

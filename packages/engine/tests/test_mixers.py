@@ -1,0 +1,108 @@
+"""The paged mixers against textbook attention: windows, groups, chunks, pages."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from dovetail_engine.mixers import DecodeMixer, PrefillMixer
+from dovetail_engine.pages import pages_for
+from dovetail_protocols.testing import attention
+
+PAGE, DIM, VALUE = 4, 8, 5
+
+
+def empty(pages, kv_heads, layers=1):
+    """Return a cache of NaN: what was not written must not be read."""
+    made = [jnp.full((pages, kv_heads, PAGE, dim), jnp.nan, jnp.float32) for dim in (DIM, VALUE)]
+    return tuple(tuple(pool.at[0].set(0.0) for pool in made) for _ in range(layers))
+
+
+def draw(rng, tokens, heads, kv_heads):
+    return tuple(
+        jnp.asarray(rng.standard_normal(shape), jnp.float32)
+        for shape in ((tokens, heads, DIM), (tokens, kv_heads, DIM), (tokens, kv_heads, VALUE))
+    )
+
+
+def textbook(q, k, v, window=None):
+    segments = np.ones((1, len(q)), int)
+    return attention(*map(np.asarray, (q, k, v)), segments, scale=0.3, window=window)
+
+
+def prefill(cache, q, k, v, spans, pages, window=None):
+    """Prefill the spans (start, stop) of several sequences, each given as whole q, k and v."""
+    total = sum(stop - start for start, stop in spans)
+    size = total + 3  # padding at the end
+    segments, positions, places = (np.zeros(size, np.int32) for _ in range(3))
+    parts, at = [[], [], []], 0
+    for i, (start, stop) in enumerate(spans):
+        part = slice(at, at + stop - start)
+        segments[part], positions[part] = i + 1, np.arange(start, stop)
+        places[part] = np.asarray(pages[i])[positions[part] // PAGE]
+        for found, x in zip(parts, (q[i], k[i], v[i]), strict=True):
+            found.append(x[start:stop])
+        at += stop - start
+    flat = [jnp.concatenate([*found, jnp.full((3, *found[0].shape[1:]), 7.0)]) for found in parts]
+    context = None
+    if spans[0][0]:
+        held = pages[0][: pages_for(spans[0][0], PAGE)]
+        context = jnp.asarray([*held, 0], jnp.int32)
+    mixer = PrefillMixer(cache, jnp.asarray(segments), jnp.asarray(positions), jnp.asarray(places), context)
+    out, mixer = mixer.attend(0, *flat, scale=0.3, window=window)
+    return np.split(np.asarray(out[:total]), np.cumsum([b - a for a, b in spans])[:-1]), mixer.cache
+
+
+@pytest.mark.parametrize(
+    ("lengths", "cut", "grouped", "window", "steps"),
+    [
+        ([5], 0, (2, 2), None, 3),
+        ([9, 2], 5, (4, 2), 3, 5),
+        ([1, 1, 4], 0, (3, 1), 1, 2),
+        ([11, 3], 8, (4, 2), 6, 6),
+    ],
+)
+def test_chunks_then_steps_are_one_attention(lengths, cut, grouped, window, steps):
+    """A chunk, a page boundary, a window or a step sees too much or too little."""
+    rng = np.random.default_rng(0)
+    heads, kv_heads = grouped
+    whole = [draw(rng, length + steps, heads, kv_heads) for length in lengths]
+    q, k, v = zip(*whole, strict=True)
+    expected = [textbook(*each, window=window) for each in whole]
+    order = iter(rng.permutation(np.arange(1, 40)).tolist())
+    pages = [[next(order) for _ in range(pages_for(length + steps, PAGE))] for length in lengths]
+    cache = empty(40, kv_heads)
+    if cut:
+        (first,), cache = prefill(cache, q[:1], k[:1], v[:1], [(0, cut)], pages[:1], window)
+        np.testing.assert_allclose(first, expected[0][:cut], atol=1e-5)
+    spans = [(cut, lengths[0]), *((0, length) for length in lengths[1:])]
+    outs, cache = prefill(cache, q, k, v, spans, pages, window)
+    for out, (start, stop), wanted in zip(outs, spans, expected, strict=True):
+        np.testing.assert_allclose(out, wanted[start:stop], atol=1e-5)
+    rows = len(lengths)
+    held = np.zeros((rows, 4), np.int32)
+    places = np.zeros((rows, steps), np.int32)
+    for i, length in enumerate(lengths):
+        count = pages_for(length, PAGE)
+        held[i, :count] = pages[i][:count]
+        places[i] = np.asarray(pages[i])[(length + np.arange(steps)) // PAGE]
+    mixer = DecodeMixer.load(cache, jnp.asarray(held), jnp.asarray(lengths, jnp.int32), steps)
+    for step in range(steps):
+        now = [jnp.stack([x[i][length + step] for i, length in enumerate(lengths)]) for x in (q, k, v)]
+        mixer = DecodeMixer(mixer.work, mixer.lengths, jnp.int32(step), steps)
+        out, mixer = mixer.attend(0, *now, scale=0.3, window=window)
+        wanted = np.stack([expected[i][length + step] for i, length in enumerate(lengths)])
+        np.testing.assert_allclose(out, wanted, atol=1e-5)
+    ((keys, values),) = mixer.store(cache, jnp.asarray(places))
+    for i, length in enumerate(lengths):
+        own = np.asarray(pages[i])
+        at = np.arange(length + steps)
+        np.testing.assert_array_equal(np.asarray(keys)[own[at // PAGE], :, at % PAGE], k[i])
+        np.testing.assert_array_equal(np.asarray(values)[own[at // PAGE], :, at % PAGE], v[i])
+
+
+@pytest.mark.parametrize("name", ["attend_latent", "recur"])
+def test_what_is_not_offered_says_so(name):
+    """A model with other layers fails with an AttributeError somewhere inside."""
+    mixer = DecodeMixer((), jnp.zeros(1, jnp.int32), jnp.int32(0), 1)
+    with pytest.raises(NotImplementedError, match=f"DecodeMixer.{name}"):
+        getattr(mixer, name)(0)
