@@ -1,8 +1,11 @@
 """The engine in use: borrowed parameters, failing steps, cancellation, refusals, streams."""
 
 import gc
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -132,6 +135,27 @@ def test_a_failing_step_fails_its_requests_and_no_other(make_engine, donated):
     assert engine.stats()["errors"] == 1
 
 
+def test_a_fault_of_the_engine_itself_leaves_nobody_waiting(make_engine, caplog):
+    """A bug in the scheduler hangs every caller for ever."""
+    engine = make_engine()
+    engine.pause()
+    stream = engine.submit(ask())
+
+    def broken():
+        raise Fails("scheduler")
+
+    engine._scheduler.plan = broken
+    engine.resume()
+    last = list(stream)[-1]
+    assert (last.finish_reason, last.error) == ("error", "the engine stopped: Fails: scheduler")
+    engine._thread.join(10)
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.submit(ask())
+    with pytest.raises(RuntimeError, match="closed"):
+        engine.resume()
+    assert "the engine stops" in caplog.text
+
+
 def test_logits_that_are_not_finite_are_an_error_not_a_token(make_engine):
     """NaN weights are answered with token 0 for ever."""
     build, params = tiny()
@@ -180,6 +204,25 @@ def test_a_receiver_that_raises_harms_nobody(make_engine, caplog):
     assert check_greedy((1, 2, 3), engine.generate([ask()])[0]) > 0
     assert ended.wait(10)
     assert "receiver of a delta raised" in caplog.text
+
+
+SCRIPT = """
+import functools
+from dovetail_engine import Engine, EngineOptions
+from dovetail_protocols import Request, SamplingParams
+from engine_toys import tiny
+engine = Engine(*tiny(), options=EngineOptions(max_running=1, max_length=2000, chunk_tokens=16, decode_steps=16))
+stream = engine.submit(Request(prompt=[1], sampling=SamplingParams(max_tokens=1900)))
+print(len(next(stream).token_ids))
+"""
+
+
+def test_a_script_that_ends_without_close_ends_well():
+    """The interpreter ends while a program runs, and the process aborts."""
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "1\n"), done.stderr
 
 
 def test_many_threads_submit_and_cancel(make_engine):

@@ -4,6 +4,7 @@ Everything that touches the scheduler or the runner happens on that thread, betw
 commands in a queue.
 """
 
+import atexit
 import collections
 import dataclasses
 import functools
@@ -77,6 +78,7 @@ class Engine:
         self._paused = self._closing = False
         self._thread = threading.Thread(target=self._loop, name="dovetail-engine", daemon=True)
         self._thread.start()
+        atexit.register(self.close)  # a thread inside a program when the interpreter ends would abort the process
 
     @property
     def programs(self) -> Any:
@@ -128,6 +130,7 @@ class Engine:
             self._wake.notify()
         if threading.current_thread() is not self._thread:
             self._thread.join()
+        atexit.unregister(self.close)
 
     def __enter__(self) -> "Engine":
         """Return the engine."""
@@ -204,12 +207,22 @@ class Engine:
     # On the engine's thread ---------------------------------------------------------------------------------------
 
     def _loop(self) -> None:
-        while self._serve_commands():
-            plan = self._scheduler.plan()
-            if plan.sequences:
-                self._step(plan)
+        last = Delta(finish_reason="cancelled")
+        try:
+            while self._serve_commands():
+                plan = self._scheduler.plan()
+                if plan.sequences:
+                    self._step(plan)
+        except BaseException as error:  # noqa: BLE001  a fault of the engine's own: nobody may wait for it
+            _LOG.critical("the engine stops", exc_info=True)
+            last = Delta(finish_reason="error", error=f"the engine stopped: {type(error).__name__}: {error}")
+        with self._wake:
+            self._closing = True
+            commands = list(self._commands)
+        for command in commands:
+            command()
         for row in list(self._jobs):
-            self._end(row, Delta(finish_reason="cancelled", version=self._params.version))
+            self._end(row, dataclasses.replace(last, version=self.version))
 
     def _serve_commands(self) -> bool:
         """Run all commands, waiting for one while there is nothing to do; return whether to go on."""
