@@ -54,7 +54,7 @@ def compiled():
 @pytest.fixture(scope="module")
 def api(compiled):
     """An engine, a server over it, a client that never retries, and the plain forward."""
-    tokenizer = train_bpe(TEXTS, 400, chat_template=CHATML)
+    tokenizer = train_bpe(TEXTS, 360, chat_template=CHATML)
     config = LlamaConfig(
         vocab_size=tokenizer.vocab_size,
         features=32,
@@ -337,15 +337,9 @@ def jobs():
     """Sixteen different requests, half of them chats, every third greedy."""
     for i in range(16):
         sampling = {"seed": i, "max_tokens": 8 + 2 * i, "temperature": 0 if i % 3 == 0 else 1}
-        content = PROMPTS[i % 4]
-        yield (
-            {**sampling, "messages": [{"role": "user", "content": content}]}
-            if i % 2
-            else {
-                **sampling,
-                "prompt": content,
-            }
-        )
+        prompt = PROMPTS[i % 4]
+        asked = {"messages": [{"role": "user", "content": prompt}]} if i % 2 else {"prompt": prompt}
+        yield sampling | asked
 
 
 async def ask(client, fields, stream):
