@@ -1,4 +1,4 @@
-"""Greedy replies of transformers (golden/, made by integration/oracles/golden/make_generation.py), by several schedules."""
+"""Greedy replies of transformers: golden/, made by integration/oracles/golden/make_generation.py."""
 
 import functools
 from pathlib import Path
@@ -32,7 +32,7 @@ def answers(engine, **sampling):
 
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_replies_of_transformers(name, model, make_engine):
-    """A checkpoint is answered otherwise here than where it was made: tokens, log-probabilities, alternatives or ends."""
+    """A checkpoint is answered otherwise here than where it was made: tokens, log-probabilities or ends."""
     engine = make_engine(*model, **SCHEDULES[name])
     for done, reply, rows in zip(answers(engine, logprobs=5), EXPECTED["replies"], EXPECTED["logprobs"], strict=True):
         assert list(done.token_ids) == reply.tolist()
