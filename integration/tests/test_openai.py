@@ -415,9 +415,11 @@ def test_a_client_that_leaves(api, how):
         stream = complete(api, stream=True, **LONG)
         leave = read_and_leave if how == "stream" else give_up
         leave(api, 8 if how == "waiting" else 1)
-        until(lambda: [api.engine.stats()[name] for name in ("running", "waiting")] == [1, 0])
-        produced = api.engine.stats()["tokens_out"]
-        api.engine.resume()
+        try:
+            until(lambda: [api.engine.stats()[name] for name in ("running", "waiting")] == [1, 0])
+            produced = api.engine.stats()["tokens_out"]
+        finally:
+            api.engine.resume()
         assert joined(stream)[0] == expected
     assert api.engine.stats()["tokens_out"] - produced < 60
     until(lambda: metrics(api)["dovetail_client_disconnects_total"] == left + 1)
