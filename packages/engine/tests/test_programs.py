@@ -1,7 +1,5 @@
 """Programs: shapes are compiled ahead or refused, nothing is compiled later, nothing is computed twice."""
 
-import logging
-
 import jax
 import numpy as np
 import pytest
@@ -44,7 +42,21 @@ def test_a_missing_program_fails_its_requests_and_names_the_shape(make_engine):
     assert engine.generate([request])[0].finish_reason in ("stop", "length")
 
 
-def test_nothing_is_compiled_once_the_engine_is_ready(make_engine, caplog):
+@pytest.fixture
+def compilations():
+    """What is compiled during a test, on any thread."""
+    found = []
+
+    def note(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(note)
+
+
+def test_nothing_is_compiled_once_the_engine_is_ready(make_engine, compilations):
     """A request with unusual parameters stalls everyone while something compiles."""
     engine = make_engine(chunk_tokens=7, cache_tokens=64)
     _, params = tiny()
@@ -59,19 +71,20 @@ def test_nothing_is_compiled_once_the_engine_is_ready(make_engine, caplog):
         {"stop": ("AB", "C"), "stop_token_ids": tuple(range(5, 25))},
         {"ignore_eos": True, "top_k": 10**12},
     ]
-    with jax.log_compiles(), caplog.at_level(logging.WARNING, "jax"):
-        for turn in range(3):
-            requests = [
-                Request(
-                    prompt=rng.integers(1, VOCAB, rng.integers(1, 45)).tolist(),
-                    sampling=SamplingParams(max_tokens=int(rng.integers(1, 20)), **kind),
-                )
-                for kind in kinds
-            ]
-            assert all(done.finish_reason in ("stop", "length") for done in engine.generate(requests))
-            engine.update_params(newer, turn + 1, copy=turn % 2 == 0)
-    compiled = [record.message for record in caplog.records if "ompil" in record.message]
-    assert not compiled
+    compilations.clear()
+    for turn in range(3):
+        requests = [
+            Request(
+                prompt=rng.integers(1, VOCAB, rng.integers(1, 45)).tolist(),
+                sampling=SamplingParams(max_tokens=int(rng.integers(1, 20)), **kind),
+            )
+            for kind in kinds
+        ]
+        assert all(done.finish_reason in ("stop", "length") for done in engine.generate(requests))
+        engine.update_params(newer, turn + 1, copy=turn % 2 == 0)
+    assert not compilations
+    jax.jit(lambda x: x + len(kinds))(1.0)
+    assert compilations
 
 
 def test_the_report_names_every_program(make_engine):
