@@ -81,9 +81,9 @@ def filter_logits(logits: Float[Array, "rows vocab"], how: Sampling) -> Float[Ar
         return jnp.where(how.top_p < 1, jnp.maximum(found, floor), floor)
 
     floor = jax.lax.cond(jnp.any(how.top_p < 1), nucleus, lambda: floor)
-    top = jnp.max(scaled, -1)
-    floor = jnp.minimum(jnp.maximum(floor, top + jnp.log(how.min_p)), top)
-    return jnp.where(scaled >= floor[:, None], scaled, -jnp.inf)
+    below = scaled - jnp.max(scaled, -1, keepdims=True)  # exact near the top, unlike a sum with the top
+    stays = (scaled >= floor[:, None]) & (below >= jnp.log(how.min_p)[:, None])
+    return jnp.where(stays, scaled, -jnp.inf)
 
 
 def token_logprobs(logits: Float[Array, "rows vocab"], tokens: Int[Array, " rows"]) -> Float[Array, " rows"]:
