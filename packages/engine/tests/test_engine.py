@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from pathlib import Path
 
 import jax
@@ -204,6 +205,36 @@ def test_a_receiver_that_raises_harms_nobody(make_engine, caplog):
     assert check_greedy((1, 2, 3), engine.generate([ask()])[0]) > 0
     assert ended.wait(10)
     assert "receiver of a delta raised" in caplog.text
+
+
+def test_a_receiver_may_call_the_engine(make_engine):
+    """A callback that pauses, updates or asks for more hangs the engine on itself."""
+    engine, (_, params) = make_engine(), tiny()
+    deltas, ended = [], threading.Event()
+
+    def deliver(delta):
+        deltas.append(delta)
+        if len(deltas) == 1:
+            engine.pause()
+            engine.update_params(params, 1)
+            engine.resume()
+        if delta.finish_reason:
+            ended.set()
+
+    engine.submit(ask(), deliver)
+    assert ended.wait(20)
+    assert (deltas[0].version, deltas[-1].version) == (0, 1)
+
+
+def test_close_frees_the_cache(make_engine):
+    """A closed engine keeps the largest thing it has."""
+    engine = make_engine()
+    pools = jax.tree.leaves(engine._runner._cache)
+    references = [weakref.ref(pool) for pool in pools]
+    del pools
+    engine.close()
+    gc.collect()
+    assert not any(reference() for reference in references)
 
 
 SCRIPT = """

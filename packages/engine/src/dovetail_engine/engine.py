@@ -190,6 +190,9 @@ class Engine:
 
     def _call(self, command: Callable[[], Any]) -> None:
         """Have the thread run a command, wait for it and raise what it raises."""
+        if threading.current_thread() is self._thread:  # a receiver of deltas calls back
+            command()
+            return
         done: Future[None] = Future()
 
         def run() -> None:
@@ -223,6 +226,7 @@ class Engine:
             command()
         for row in list(self._jobs):
             self._end(row, dataclasses.replace(last, version=self.version))
+        self._runner.release()
 
     def _serve_commands(self) -> bool:
         """Run all commands, waiting for one while there is nothing to do; return whether to go on."""

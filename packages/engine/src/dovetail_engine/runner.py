@@ -114,6 +114,10 @@ class Runner:
             tuple(jax.device_put(np.zeros(shape, self._dtype)) for shape in pair) for pair in self._shapes
         )
 
+    def release(self) -> None:
+        """Free the cache; nothing can be run any more."""
+        self._cache = ()
+
     @property
     def broken(self) -> bool:
         """Whether a program failed after it had taken the cache; `reset` mends it."""
