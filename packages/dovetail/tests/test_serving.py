@@ -17,6 +17,7 @@ import dovetail_models
 import dovetail_text
 from dovetail.cli import main
 from dovetail.pretrained import Pretrained
+from dovetail.serving import ask, cache_directory
 from dovetail_protocols import CommandError
 
 TEXTS = ["def main():\n    return 0\n\n\nclass Ä:\n    x = 1234567\n" * 3, "import os\nimport sys\n" * 5]
@@ -70,6 +71,8 @@ def test_generate_stops_at_the_models_length(exported, capsys):
         (["generate", "{model}", "x", "--top-p", "0"], "top_p=0.0; expected"),
         (["serve", "{missing}"], "holds no model"),
         (["serve", "{model}", "--max-running", "0"], "max_running=0; expected at least 1"),
+        (["serve", "{model}", "--max-length", "100"], "max_length=100; a model ü was trained on at most 64 tokens"),
+        (["serve", "{model}", "--max-length", "0"], "max_length=0; expected at least 2"),
         (["serve", "{model}", "--max-queue", "0"], "max_queue=0; expected at least 1"),
     ],
 )
@@ -90,6 +93,30 @@ def test_a_damaged_model_is_named(exported, tmp_path):
     (tmp_path / "model.safetensors").write_bytes((exported / "model.safetensors").read_bytes()[:-100])
     with pytest.raises(Exception, match=r"model\.safetensors"):
         Pretrained.open(tmp_path)
+
+
+def test_where_programs_are_kept(monkeypatch):
+    """An empty XDG_CACHE_HOME, which means unset, fills the current directory."""
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    assert cache_directory().is_absolute()
+    monkeypatch.setenv("XDG_CACHE_HOME", "/somewhere")
+    assert str(cache_directory()) == "/somewhere/dovetail/compiled"
+
+
+def test_a_missing_package_is_named(monkeypatch, exported, capsys):
+    """A command whose extra is not installed ends in a traceback."""
+    monkeypatch.setitem(sys.modules, "dovetail_engine", None)
+    assert main(["generate", str(exported), "x"]) == 2
+    assert "dovetail generate needs a package that is not installed" in capsys.readouterr().err
+
+
+def test_the_quickstarts_client_ignores_proxies(exported, monkeypatch):
+    """A proxy that knows nothing of this machine takes the answers away."""
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    answers, ready = ask(exported, ["import"], max_tokens=4, seed=0)
+    assert len(answers) == 1
+    assert answers[0].tokens <= 4
+    assert ready > 0
 
 
 def test_a_directory_without_a_run_is_no_run(tmp_path):
@@ -163,6 +190,9 @@ def test_a_run_opens_like_its_export(exported, tmp_path):
         checkpoints.wait()
         other = jnp.zeros_like(model.params["embedding"])
         checkpoints.save(7, {"params": {**model.params, "embedding": other}, "step": 7})
+    for path in ("checkpoints/6", "tokenizer", "modle"):
+        with pytest.raises((CommandError, FileNotFoundError)):
+            Pretrained.open(tmp_path / path)
     for path, name in (("checkpoints/5", "-5"), (".", "-7"), ("checkpoints", "-7")):
         opened = Pretrained.open(tmp_path / path)
         assert opened.name.endswith(name)

@@ -6,6 +6,7 @@ import sys
 import threading
 import time
 import weakref
+from collections import OrderedDict
 from pathlib import Path
 
 import jax
@@ -288,6 +289,7 @@ def test_many_threads_submit_and_cancel(make_engine):
         ((61,), GREEDY, "token id 61; expected 0 to 60"),
         ((1,) * 60, GREEDY, "prompt of 60 and max_tokens=12 are 72 tokens; expected at most max_length=64"),
         ((1,), SamplingParams(max_tokens=2, logprobs=21), "logprobs=21; expected at most 20"),
+        ((1,), SamplingParams(max_tokens=2, stop_token_ids=(61,)), "stop_token_ids has 61; expected 0 to 60"),
     ],
 )
 def test_requests_that_can_never_run_are_refused(make_engine, prompt, sampling, match):
@@ -296,6 +298,58 @@ def test_requests_that_can_never_run_are_refused(make_engine, prompt, sampling, 
     with pytest.raises(ValueError, match=match):
         engine.submit(ask(prompt, sampling))
     assert settled(engine)
+
+
+def test_a_token_without_text_ends_its_request_alone(make_engine):
+    """A vocabulary with padding, or a decoder's fault, fails everybody in the step."""
+
+    class Narrow(Letters):
+        def decoder(self):
+            return self
+
+        def push(self, ids):
+            if max(ids) > 30:
+                raise ValueError("unknown id")
+            return "x"
+
+        def flush(self):
+            return ""
+
+    engine = make_engine(tokenizer=Narrow())
+    everything = [Request(prompt=[i, i + 1], sampling=SamplingParams(max_tokens=1, seed=i)) for i in range(1, 12)]
+    done = engine.generate(everything)
+    assert {each.finish_reason for each in done} >= {"error", "length"}
+    assert all(each.error == "ValueError: unknown id" for each in done if each.finish_reason == "error")
+    assert settled(engine)
+
+
+def test_parameters_in_the_wrong_place_are_refused(make_engine):
+    """update_params accepts what every later step refuses."""
+    build, params = tiny()
+    engine = make_engine(build, params)
+    away = jax.device_put(params, jax.devices()[1])
+    with pytest.raises(ValueError, match=r"devices \[1\]; expected \[0\]"):
+        engine.update_params(away, 1, copy=False)
+    with pytest.raises(ValueError, match="structure"):
+        engine.update_params({**params, "layers": OrderedDict(params["layers"])}, 1)
+    with pytest.raises(ValueError, match="ndarray; expected a jax array"):
+        engine.update_params(jax.tree.map(np.asarray, params), 1)
+    engine.update_params(away, 1)
+    assert check_greedy((1, 2, 3), engine.generate([ask()])[0]) == 12
+
+
+def test_stats_tell_whether_requests_are_taken(make_engine):
+    """A health check takes an engine for good that refuses everything."""
+    build, params = copies()
+    engine = make_engine(build, params)
+    assert (engine.stats()["ready"], engine.stats()["max_length"]) == (1.0, 64.0)
+    for leaf in jax.tree.leaves(params):
+        leaf.delete()
+    assert engine.stats()["ready"] == 0.0
+    engine.update_params(tiny()[1], 1)
+    assert engine.stats()["ready"] == 1.0
+    engine.close()
+    assert engine.stats()["ready"] == 0.0
 
 
 def test_stop_strings_need_a_tokenizer():

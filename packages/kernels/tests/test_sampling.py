@@ -19,7 +19,8 @@ def how(rows=1, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, posit
 
 def kept(logits, temperature, top_k, top_p, min_p):
     """Return which tokens stay, by sorting in float64; None where rounding could decide the nucleus."""
-    scaled = np.asarray(np.float32(logits) / np.float32(temperature), np.float64)
+    logits = np.float32(logits)
+    scaled = np.asarray((logits - logits.max()) / np.float32(temperature), np.float64)
     stay = np.ones(len(scaled), bool)
     if 0 < top_k < len(scaled):
         stay &= scaled >= np.sort(scaled)[-top_k]
@@ -58,7 +59,8 @@ def test_filters_keep_what_a_sort_keeps(seed, vocab, spread, temperature, top_k,
     params = how(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     got = np.asarray(JITTED(jnp.asarray(logits, jnp.float32)[None], params))[0]
     np.testing.assert_array_equal(np.isfinite(got), expected)
-    np.testing.assert_allclose(got[expected], np.float32(logits[expected]) / np.float32(temperature), rtol=1e-6)
+    scaled = (np.float32(logits) - np.float32(logits).max()) / np.float32(temperature)
+    np.testing.assert_allclose(got[expected], scaled[expected], rtol=1e-6)
 
 
 JITTED = jax.jit(filter_logits)
@@ -122,6 +124,15 @@ def test_seed_and_position_both_matter():
 def test_greedy_takes_the_first_of_equals():
     """Ties are broken by chance at temperature 0."""
     assert sample(jnp.asarray([[1.0, 3.0, 3.0]]), how(temperature=0.0)).tolist() == [1]
+
+
+@pytest.mark.parametrize("temperature", [2e-38, 5e-38, 1e-20, 3e38])
+def test_extreme_temperatures_keep_the_likeliest(temperature):
+    """A temperature near zero makes infinities of the logits, and the likeliest token is dropped."""
+    logits = jnp.asarray([[20.0, 19.0, 1.0, 0.0]])
+    assert np.isfinite(filter_logits(logits, how(temperature=temperature, top_k=2, top_p=0.9))[0, 0])
+    if temperature < 1:
+        assert sample(logits, how(temperature=temperature)).tolist() == [0]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
 
 from dovetail_protocols import Completion, Delta, Engine, Request, SamplingParams, TokenLogprob
@@ -24,6 +25,13 @@ from dovetail_protocols.testing import FakeEngine
         ("stop", "text"),
         ("stop", ("",)),
         ("logprobs", -1),
+        ("logprobs", 2.0),
+        ("max_tokens", 4.0),
+        ("max_tokens", True),
+        ("top_k", 1.5),
+        ("seed", 1.5),
+        ("stop_token_ids", (-1,)),
+        ("stop_token_ids", (1.5,)),
     ],
 )
 def test_bad_sampling_params(field, value):
@@ -40,6 +48,10 @@ def test_values_are_frozen_and_prompts_not_empty():
         SamplingParams().max_tokens = 3
     with pytest.raises(ValueError, match="at least one token"):
         Request(prompt=[])
+    for prompt in ([1.5], [True], "abc", [1, None]):
+        with pytest.raises(ValueError, match="expected token ids"):
+            Request(prompt=prompt)
+    assert Request(prompt=np.arange(3)).prompt[2] == 2
 
 
 def test_join():

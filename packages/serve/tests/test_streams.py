@@ -169,3 +169,21 @@ def test_a_bug_in_the_middle_is_an_error_event(launch, recorder, caplog):
         status, body = api.post("completions", max_tokens=1)
         assert (status, body["error"]["code"]) == (500, "internal_error")
     assert "failed" in caplog.text
+
+
+def test_an_engine_that_tells_its_state_is_believed(launch, recorder):
+    """Health stays bad after an engine has recovered, or a chat without a length asks for more than the engine has."""
+    engine = recorder(max_length=60)
+    gauges = {"ready": 1.0, "max_length": 60.0}
+    stats = engine.stats
+    engine.stats = lambda: {**stats(), **gauges}
+    with launch(engine) as api:
+        assert api.call("GET", "/health")[0] == 200
+        gauges["ready"] = 0.0
+        assert api.call("GET", "/health")[0] == 503
+        gauges["ready"] = 1.0
+        assert api.call("GET", "/health")[0] == 200
+        body = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}]}
+        status, _, text = api.call("POST", "/v1/chat/completions", body)
+        assert status == 200
+        assert json.loads(text)["usage"]["total_tokens"] <= 60

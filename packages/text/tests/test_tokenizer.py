@@ -8,7 +8,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import models, pre_tokenizers
+from tokenizers import models, pre_tokenizers, processors
 
 from dovetail_text import Tokenizer, TokenizerError, train_bpe
 
@@ -157,3 +157,16 @@ def test_malformed_descriptions(text):
     """A damaged tokenizer.json raises something that is no TokenizerError."""
     with pytest.raises(TokenizerError):
         Tokenizer(text)
+
+
+def test_the_prefix_of_prompts_is_what_the_post_processor_puts_first(tokenizer):
+    """Prompts of models that were trained with a begin token lack it, or texts that need none get one."""
+    assert tokenizer.prompt_prefix == ()
+    engine = tokenizers.Tokenizer.from_str(json.dumps(tokenizer._spec))
+    engine.add_special_tokens(["<|begin|>", "<|close|>"])
+    begin, close = (engine.token_to_id(name) for name in ("<|begin|>", "<|close|>"))
+    special = [("<|begin|>", begin), ("<|close|>", close)]
+    engine.post_processor = processors.TemplateProcessing("<|begin|> $A <|close|>", special_tokens=special)
+    templated = Tokenizer(engine.to_str())
+    assert templated.prompt_prefix == (begin,)
+    assert begin not in templated.encode("x")

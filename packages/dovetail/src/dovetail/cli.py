@@ -90,6 +90,9 @@ def _run(name: tuple[str, ...], point: importlib.metadata.EntryPoint, words: lis
     except (CommandError, ConfigError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except ModuleNotFoundError as error:  # commands import what they need when they run
+        print(f"error: {prog} needs a package that is not installed ({error}); install its extra", file=sys.stderr)
+        return 2
 
 
 def _parsed(kind: type[Any], words: list[str], prog: str) -> Any:

@@ -60,9 +60,13 @@ class Pretrained:
         """
         if (path / "config.json").exists():
             return cls._exported(path)
-        for run in (path, path.absolute().parent, path.absolute().parent.parent):
-            if (run / RECORD).exists():
-                return cls._checkpoint(path, run)
+        here = path.absolute()
+        if (here / RECORD).exists():
+            return cls._checkpoint(here, None)
+        if here.name == "checkpoints" and (here.parent / RECORD).exists():
+            return cls._checkpoint(here.parent, None)
+        if here.name.isdecimal() and here.parent.name == "checkpoints" and (here.parent.parent / RECORD).exists():
+            return cls._checkpoint(here.parent.parent, int(here.name))
         found = sorted(p.name for p in path.iterdir())[:8] if path.is_dir() else "no directory"
         raise CommandError(
             f"{path} holds no model (found: {found}); expected a directory with config.json and safetensors, or a run "
@@ -77,7 +81,7 @@ class Pretrained:
         return cls(name, *dovetail_models.split(model), tokenizer, model.config.max_position)
 
     @classmethod
-    def _checkpoint(cls, path: Path, run: Path) -> "Pretrained":
+    def _checkpoint(cls, run: Path, step: int | None) -> "Pretrained":
         from dovetail_checkpoint import Manager
 
         loaded = RunDirectory(run).load()
@@ -85,11 +89,10 @@ class Pretrained:
         tokenizer = dovetail_text.Tokenizer.from_pretrained(run / "tokenizer")
         config = llama_config(loaded[0], tokenizer.vocab_size)
         definition, shapes = dovetail_models.abstract(lambda: dovetail_models.Llama(config, rngs=nnx.Rngs(0)))
-        step = int(path.name) if path.name.isdecimal() else None
         with Manager(run / "checkpoints") as checkpoints:
             restored = checkpoints.restore(step=step)
         params = _like(shapes, restored.state["params"])
-        return cls(f"{run.absolute().name}-{restored.step}", definition, params, tokenizer, config.max_position)
+        return cls(f"{run.name}-{restored.step}", definition, params, tokenizer, config.max_position)
 
 
 def _like(shapes: Any, restored: Any) -> Any:

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import logging
 import os
 import time
 from collections.abc import Generator, Sequence
@@ -20,9 +21,12 @@ if TYPE_CHECKING:
 __all__ = ["Answer", "Generate", "Serve", "ask", "running"]
 
 
+_LOG = logging.getLogger("dovetail")
+
+
 def cache_directory() -> Path:
     """Return where compiled programs are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME", "~/.cache")).expanduser() / "dovetail" / "compiled"
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "dovetail" / "compiled"
 
 
 @contextlib.contextmanager
@@ -36,8 +40,14 @@ def running(
     import dovetail_models
 
     if cache is not None:
-        dovetail_engine.compilation_cache(cache)
-    options = dovetail_engine.EngineOptions(max_running=max_running, max_length=max_length or min(model.length, 4096))
+        try:
+            dovetail_engine.compilation_cache(cache)
+        except OSError as error:
+            _LOG.warning("compiled programs are not kept: %s", error)
+    if max_length is not None and max_length > model.length:
+        raise CommandError(f"max_length={max_length}; {model.name} was trained on at most {model.length} tokens")
+    length = min(model.length, 4096) if max_length is None else max_length
+    options = dovetail_engine.EngineOptions(max_running=max_running, max_length=length)
     build = functools.partial(dovetail_models.merge, model.definition)
     with dovetail_engine.Engine(build, model.params, tokenizer=model.tokenizer, options=options) as engine:
         yield engine
@@ -76,7 +86,8 @@ def ask(directory: Path, prompts: Sequence[str], *, max_tokens: int, seed: int) 
     with (
         running(model, max_running=1, max_length=None, cache=None) as engine,
         dovetail_serve.Server(engine, model.tokenizer, model=model.name) as server,
-        openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0) as client,
+        openai.DefaultHttpxClient(trust_env=False) as direct,  # a proxy knows no server of this machine
+        openai.OpenAI(base_url=server.base_url, api_key="none", max_retries=0, http_client=direct) as client,
     ):
         ready = time.perf_counter() - begin
         rooms = [engine.options.max_length - len(model.tokenizer.encode(prompt)) for prompt in prompts]
@@ -144,17 +155,20 @@ class Serve:
 
             model = Pretrained.open(self.model)
             name = self.name or model.name
-            options = dovetail_serve.ServeOptions(max_queue=self.max_queue, drain_seconds=self.drain_seconds)
+            options = dovetail_serve.ServeOptions(
+                max_queue=self.max_queue,
+                drain_seconds=self.drain_seconds,
+                prompt_prefix=model.tokenizer.prompt_prefix,
+            )
             ui.say(f"compiling for {name}")
             with running(model, max_running=self.max_running, max_length=self.max_length, cache=self.cache) as engine:
-                limit = engine.options.max_length
                 dovetail_serve.serve(
                     engine,
                     model.tokenizer,
                     model=name,
                     host=self.host,
                     port=self.port,
-                    options=dataclasses.replace(options, context_length=limit),
+                    options=options,
                     ready=lambda url: ui.say(f"serving {name} at {url}/v1 (Ctrl-C stops)"),
                 )
         return 0
@@ -194,7 +208,8 @@ class Generate:
 
             model = Pretrained.open(self.model)
             request = self._request(model)
-            with running(model, max_running=1, max_length=None, cache=self.cache) as engine:
+            length = max(2, len(request.prompt) + request.sampling.max_tokens)
+            with running(model, max_running=1, max_length=length, cache=self.cache) as engine:
                 print(self.prompt, end="", flush=True)
                 with engine.submit(request) as stream:
                     for delta in stream:
@@ -210,6 +225,7 @@ class Generate:
         ids = model.tokenizer.encode(self.prompt)
         if not ids:
             raise CommandError(f"--prompt {self.prompt!r} holds no token; expected some text")
+        ids = [*model.tokenizer.prompt_prefix, *ids]
         room = min(model.length, 4096) - len(ids)
         if room < 1:
             raise CommandError(f"the prompt has {len(ids)} tokens; the model's limit is {len(ids) + room}")

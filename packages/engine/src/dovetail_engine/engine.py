@@ -9,6 +9,7 @@ import collections
 import dataclasses
 import functools
 import logging
+import math
 import secrets
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -60,8 +61,8 @@ class Engine:
         self.options = options or EngineOptions()
         sizes = self.options.sizes()
         self._params = Parameters(params)
-        leaves = [leaf for leaf in jax.tree.leaves(params) if jax.numpy.issubdtype(leaf.dtype, jax.numpy.floating)]
-        self._runner = Runner(build, params, sizes, self.options.cache_dtype or leaves[0].dtype)
+        dtypes = [leaf.dtype for leaf in jax.tree.leaves(params) if jax.numpy.issubdtype(leaf.dtype, np.floating)]
+        self._runner = Runner(build, params, sizes, self.options.cache_dtype or (dtypes or [np.float32])[0])
         self._scheduler = Scheduler(
             PagePool(sizes.pages),
             page_size=sizes.page,
@@ -101,7 +102,10 @@ class Engine:
         self._call(lambda: self._params.update(params, version, copy=copy))
 
     def stats(self) -> Mapping[str, float]:
-        """Return counters and gauges: those of the contract, and pages, preemptions, steps and errors."""
+        """Return counters and gauges: those of the contract, and pages, preemptions, steps, errors and limits.
+
+        ``ready`` is 0 while `submit` would raise: the engine is closed, or borrowed parameters were donated.
+        """
         scheduler, pool = self._scheduler, self._scheduler.pool
         with self._wake:
             running = len(scheduler.running)
@@ -112,6 +116,8 @@ class Engine:
                 "preemptions": scheduler.preemptions,
                 "cache_pages_used": pool.count - 1 - pool.free,
                 "cache_pages": pool.count - 1,
+                "max_length": self.options.max_length,
+                "ready": not self._closing and not self._params.donated,
             }
             return {name: float(value) for name, value in (self._counts | gauges).items()}
 
@@ -173,6 +179,9 @@ class Engine:
                 f"prompt of {len(request.prompt)} and max_tokens={request.sampling.max_tokens} are {total} tokens; "
                 f"expected at most max_length={most}"
             )
+        stops = [token for token in request.sampling.stop_token_ids if token >= vocab]
+        if stops:
+            raise ValueError(f"stop_token_ids has {stops[0]}; expected 0 to {vocab - 1}")
         if request.sampling.stop and self._tokenizer is None:
             raise ValueError(f"stop={request.sampling.stop!r} needs text; give the engine a tokenizer")
         if (request.sampling.logprobs or 0) > min(TOP, vocab) - 1:
@@ -221,9 +230,8 @@ class Engine:
             last = Delta(finish_reason="error", error=f"the engine stopped: {type(error).__name__}: {error}")
         with self._wake:
             self._closing = True
-            commands = list(self._commands)
-        for command in commands:
-            command()
+        while self._commands:
+            self._commands.popleft()()
         for row in list(self._jobs):
             self._end(row, dataclasses.replace(last, version=self.version))
         self._runner.release()
@@ -233,11 +241,9 @@ class Engine:
         while True:
             with self._wake:
                 self._wake.wait_for(lambda: self._closing or self._commands or (self._jobs and not self._paused))
-                commands = list(self._commands)
-                self._commands.clear()
                 closing = self._closing
-            for command in commands:
-                command()
+            while self._commands:  # the garbage collector may add a cancellation on this very thread
+                self._commands.popleft()()
             if closing:
                 return False
             if self._jobs and not self._paused:
@@ -274,10 +280,17 @@ class Engine:
                 self._deliver(row, delta)
 
     def _read(self, row: Row, produced: Produced) -> Delta | None:
-        if any(entry.value != entry.value for entry in produced.logprobs):
-            at = len(row.tokens)
-            return Delta(finish_reason="error", error=f"the logits of token {at} are not finite", version=self.version)
-        return self._jobs[row].reply.push(produced, self.version) if produced.tokens else None
+        """Return what a request's receiver is told; a fault of its own ends this request alone."""
+        if any(math.isnan(entry.value) for entry in produced.logprobs):
+            return self._error(f"the logits of token {len(row.tokens)} are not finite")
+        try:
+            return self._jobs[row].reply.push(produced, self.version) if produced.tokens else None
+        except Exception as error:  # noqa: BLE001
+            _LOG.exception("a reply could not be turned into text")
+            return self._error(f"{type(error).__name__}: {error}")
+
+    def _error(self, reason: str) -> Delta:
+        return Delta(finish_reason="error", error=reason, version=self.version)
 
     @property
     def version(self) -> int:
@@ -307,7 +320,7 @@ class Engine:
         if not isinstance(error, Borrowed):
             _LOG.error("a step of %d requests failed", len(rows), exc_info=error)
         for row in rows:
-            self._end(row, Delta(finish_reason="error", error=f"{type(error).__name__}: {error}", version=self.version))
+            self._end(row, self._error(f"{type(error).__name__}: {error}"))
         if self._runner.broken:
             self._runner.reset()
             for row in list(reversed(self._scheduler.running)):
@@ -333,4 +346,5 @@ def _seed(sampling: SamplingParams) -> int:
     """Return 32 bits that depend on all of a seed; drawn where there is none."""
     if sampling.seed is None:
         return secrets.randbits(32)
-    return int(np.random.SeedSequence(2 * abs(sampling.seed) + (sampling.seed < 0)).generate_state(1)[0])
+    seed = int(sampling.seed)
+    return int(np.random.SeedSequence(2 * abs(seed) + (seed < 0)).generate_state(1)[0])

@@ -16,11 +16,15 @@ class Parameters:
 
     Args:
         params: borrowed; version 0.
+
+    Raises:
+        ValueError: a leaf is no jax array.
     """
 
     def __init__(self, params: Any) -> None:
+        self._form, self._structure = _form(params), jax.tree.structure(params)
         self._params = params
-        self._form = _form(params)
+        self._places = jax.tree.map(lambda leaf: leaf.sharding, params)
         self.version = 0
 
     def borrow(self) -> Any:
@@ -32,35 +36,61 @@ class Parameters:
         self.check()
         return self._params
 
+    @property
+    def donated(self) -> bool:
+        """Whether their owner has taken them back."""
+        return any(leaf.is_deleted() for leaf in jax.tree.leaves(self._params))
+
     def check(self) -> None:
         """See `borrow`."""
-        if any(leaf.is_deleted() for leaf in jax.tree.leaves(self._params)):
+        if self.donated:
             raise Borrowed(
                 f"the parameters of version {self.version} were borrowed, and their owner has donated them since (to a "
                 "training step, say); call update_params with the present ones"
             )
 
+    def _same_devices(self, params: Any) -> None:
+        for leaf, place in zip(jax.tree.leaves(params), jax.tree.leaves(self._places), strict=True):
+            if not leaf.sharding.is_equivalent_to(place, leaf.ndim):
+                raise ValueError(
+                    f"borrowed parameters are on the devices {_devices(leaf.sharding)}; expected {_devices(place)}, "
+                    "placed as the engine was compiled for (copy=True moves them)"
+                )
+
     def update(self, params: Any, version: int, *, copy: bool) -> None:
         """Replace the parameters.
 
         Raises:
-            ValueError: another tree, shape or dtype, or a version that is not larger than the present one.
+            ValueError: another tree, shape, dtype or (borrowed) place, or a version that is not larger than the
+                present one.
         """
         if version <= self.version:
             raise ValueError(f"version={version}; expected more than the present {self.version}")
-        form = _form(params)
+        form, structure = _form(params), jax.tree.structure(params)
         if form != self._form:
             raise ValueError(f"other parameters than the engine was made with: {_difference(form, self._form)}")
-        self._params = jax.tree.map(_copy, params) if copy else params
+        if structure != self._structure:
+            raise ValueError(f"the parameters have the structure {structure}; expected {self._structure}")
+        if not copy:
+            self._same_devices(params)
+        self._params = jax.tree.map(_copy, params, self._places) if copy else params
         self.version = version
 
 
-def _copy(leaf: jax.Array) -> jax.Array:
-    return jax.device_put(leaf, leaf.sharding, may_alias=False)
+def _copy(leaf: jax.Array, place: Any) -> jax.Array:
+    return jax.device_put(leaf, place, may_alias=False)
+
+
+def _devices(place: Any) -> list[int]:
+    return sorted(device.id for device in place.device_set)
 
 
 def _form(params: Any) -> dict[str, str]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(params)
+    for path, leaf in leaves:
+        if not isinstance(leaf, jax.Array):
+            kind = type(leaf).__name__
+            raise ValueError(f"{jax.tree_util.keystr(path)} is {kind}; expected a jax array (jax.device_put makes one)")
     return {jax.tree_util.keystr(path): f"{leaf.dtype}{list(leaf.shape)}" for path, leaf in leaves}
 
 

@@ -245,7 +245,8 @@ def _fill(how: Sampling, rows: Sequence[RowSampling], positions: Sequence[int]) 
     for i, (row, position) in enumerate(zip(rows, positions, strict=True)):
         params = row.params
         top_k = min(params.top_k, np.iinfo(np.int32).max)
-        values = (params.temperature, top_k, params.top_p, params.min_p, row.seed, position)
+        temperature = min(params.temperature, float(np.finfo(np.float32).max))
+        values = (temperature, top_k, params.top_p, params.min_p, row.seed, position)
         for array, value in zip(how, values, strict=True):
             array[i] = value
 

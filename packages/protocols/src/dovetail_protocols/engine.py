@@ -9,6 +9,11 @@ __all__ = ["Completion", "Delta", "Engine", "FinishReason", "Request", "Sampling
 FinishReason: TypeAlias = Literal["stop", "length", "cancelled", "error"]
 
 
+def _integer(value: Any) -> bool:
+    """Whether it is an integer, Python's or NumPy's; a bool is none."""
+    return hasattr(value, "__index__") and not isinstance(value, bool)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to choose tokens.
@@ -39,13 +44,15 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         checks = (
-            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("max_tokens", _integer(self.max_tokens) and self.max_tokens >= 1, "an integer of at least 1"),
             ("temperature", 0 <= self.temperature < float("inf"), "finite and not negative"),
-            ("top_k", self.top_k >= 0, "0 (all) or more"),
+            ("top_k", _integer(self.top_k) and self.top_k >= 0, "an integer: 0 (all) or more"),
             ("top_p", 0 < self.top_p <= 1, "in (0, 1]"),
             ("min_p", 0 <= self.min_p <= 1, "in [0, 1]"),
             ("stop", not isinstance(self.stop, str) and all(self.stop), "a tuple of strings that are not empty"),
-            ("logprobs", self.logprobs is None or self.logprobs >= 0, "None, 0 or more"),
+            ("seed", self.seed is None or _integer(self.seed), "None or an integer"),
+            ("stop_token_ids", all(_integer(token) and token >= 0 for token in self.stop_token_ids), "token ids"),
+            ("logprobs", self.logprobs is None or (_integer(self.logprobs) and self.logprobs >= 0), "None, 0 or more"),
         )
         for name, good, expected in checks:
             if not good:
@@ -63,6 +70,8 @@ class Request:
     def __post_init__(self) -> None:
         if not len(self.prompt):
             raise ValueError("prompt=[]; expected at least one token id")
+        if wrong := [token for token in self.prompt if not _integer(token)]:
+            raise ValueError(f"prompt has {wrong[0]!r}; expected token ids")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,7 +185,11 @@ class Engine(Protocol):
         ...
 
     def stats(self) -> Mapping[str, float]:
-        """Return counters and gauges, at least ``waiting``, ``running``, ``tokens_out`` and ``version``."""
+        """Return counters and gauges, at least ``waiting``, ``running``, ``tokens_out`` and ``version``.
+
+        An engine may add ``max_length``, the tokens that prompt and reply may have together, and ``ready``, which is 0
+        while `submit` would raise a RuntimeError.
+        """
         ...
 
     def pause(self) -> None:

@@ -1,6 +1,7 @@
 """`create_app`: the ASGI application."""
 
 import asyncio
+import dataclasses
 import logging
 from collections.abc import Awaitable, Callable
 from typing import Any, TypeAlias
@@ -41,7 +42,10 @@ def create_app(engine: Engine, tokenizer: Tokenizer, *, model: str, options: Ser
             raise TypeError(f"{type(value).__name__} is no {contract.__name__}; see dovetail_protocols")
     if not model:
         raise ValueError(f"model={model!r}; expected the name that clients ask for")
-    return App(State(engine, tokenizer, model, options or ServeOptions()))
+    options = options or ServeOptions()
+    if options.context_length is None and (limit := engine.stats().get("max_length")):
+        options = dataclasses.replace(options, context_length=int(limit))
+    return App(State(engine, tokenizer, model, options))
 
 
 class App:

@@ -19,7 +19,8 @@ class ServeOptions:
         write_seconds: how long a client may read nothing of a reply; then its request is cancelled.
         completion_tokens: ``max_tokens`` of a completion that names none; 16 as in the OpenAI API.
         chat_tokens: the same of a chat completion, less where `context_length` leaves less.
-        context_length: how many tokens prompt and reply may have together; None leaves this to the engine.
+        context_length: how many tokens prompt and reply may have together; None for the ``max_length`` of
+            the engine's stats, or no limit of the server's where it has none.
         prompt_prefix: ids put before the text prompts of completions, such as a begin token; chat templates and prompts
             given as ids have their own.
         metrics_prefix: what the names of metrics begin with.

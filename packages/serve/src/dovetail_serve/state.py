@@ -80,16 +80,17 @@ class State:
         """Raise a 503 unless requests can be served; asks the engine.
 
         Raises:
-            ApiError: the server drains, the engine refused the last request as closed, or does not answer.
+            ApiError: the server drains, the engine is not ready (or, where it does not tell, refused the last
+                request), or does not answer.
         """
         self.check_open()
-        if self.engine_closed:
-            raise ApiError(503, "the engine refuses requests", code="engine_closed", retry_after=60)
         try:
-            await asyncio.get_running_loop().run_in_executor(self.pool, self.engine.stats)
+            stats = await asyncio.get_running_loop().run_in_executor(self.pool, self.engine.stats)
         except Exception as error:
             LOG.warning("health: the engine's stats failed: %r", error)
             raise ApiError(503, f"the engine does not answer: {error}", code="engine_closed", retry_after=60) from error
+        if not stats.get("ready", not self.engine_closed):
+            raise ApiError(503, "the engine refuses requests", code="engine_closed", retry_after=60)
 
     def later(self, work: Callable[[], None]) -> None:
         """Run something that may block in a thread, or here and now when the threads have ended."""

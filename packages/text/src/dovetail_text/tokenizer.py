@@ -3,6 +3,7 @@
 import bisect
 import datetime
 import functools
+import itertools
 import json
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -137,6 +138,19 @@ class Tokenizer:
         """The id that begins a document, or None where the tokenizer names none."""
         name = self._named.get("bos_token")
         return None if name is None else self._vocab[name]
+
+    @functools.cached_property
+    def prompt_prefix(self) -> tuple[int, ...]:
+        """The special ids that the tokenizer's own post-processor puts before a text, such as a begin token.
+
+        `encode` never adds them: training data and chat templates place their own. A plain prompt that continues like
+        the model's training texts begins with them, as transformers does by default.
+        """
+        encoding = tokenizers.Tokenizer.from_str(json.dumps(self._spec)).encode("x", add_special_tokens=True)
+        special = itertools.takewhile(
+            lambda pair: pair[1], zip(encoding.ids, encoding.special_tokens_mask, strict=True)
+        )
+        return tuple(index for index, _ in special)
 
     @property
     def fingerprint(self) -> str:
