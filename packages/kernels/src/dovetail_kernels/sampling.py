@@ -14,6 +14,9 @@ from jaxtyping import Array, Bool, Float, Int, UInt32
 __all__ = ["Sampling", "filter_logits", "sample", "token_logprobs", "top_logprobs"]
 
 
+_COLDEST = 1e-30  # colder ones would make infinities of the logits; at this one only equal logits share the draws
+
+
 class Sampling(NamedTuple):
     """How each row is sampled; arrays with one entry per row.
 
@@ -60,14 +63,14 @@ def sample(logits: Float[Array, "rows vocab"], how: Sampling) -> Int[Array, " ro
 
 
 def filter_logits(logits: Float[Array, "rows vocab"], how: Sampling) -> Float[Array, "rows vocab"]:
-    """Return ``(logits - max) / temperature`` with the tokens that may not be sampled at -inf.
+    """Return ``logits / temperature`` with the tokens that may not be sampled at -inf.
 
     The filters apply in the order temperature, top-k, top-p (of what top-k left), min-p, as in transformers. Tokens
     that tie with the last one that stays, stay too. The likeliest token always stays.
     """
     logits = logits.astype(jnp.float32)
-    below = logits - jnp.max(logits, -1, keepdims=True)  # then no temperature makes the likeliest infinite
-    scaled = below / jnp.where(how.temperature > 0, how.temperature, 1.0)[:, None]
+    temperature = jnp.maximum(how.temperature, _COLDEST)
+    scaled = logits / jnp.where(how.temperature > 0, temperature, 1.0)[:, None]
     bottom = jnp.full(scaled.shape[:1], -jnp.inf)
 
     def kth() -> jax.Array:
@@ -82,8 +85,9 @@ def filter_logits(logits: Float[Array, "rows vocab"], how: Sampling) -> Float[Ar
         return jnp.where(how.top_p < 1, jnp.maximum(found, floor), floor)
 
     floor = jax.lax.cond(jnp.any(how.top_p < 1), nucleus, lambda: floor)
-    floor = jnp.maximum(floor, jnp.log(how.min_p))
-    return jnp.where(scaled >= floor[:, None], scaled, -jnp.inf)
+    below = scaled - jnp.max(scaled, -1, keepdims=True)  # exact near the top, unlike a sum with the top
+    stays = (scaled >= floor[:, None]) & (below >= jnp.log(how.min_p)[:, None])
+    return jnp.where(stays, scaled, -jnp.inf)
 
 
 def token_logprobs(logits: Float[Array, "rows vocab"], tokens: Int[Array, " rows"]) -> Float[Array, " rows"]:

@@ -43,9 +43,17 @@ def create_app(engine: Engine, tokenizer: Tokenizer, *, model: str, options: Ser
     if not model:
         raise ValueError(f"model={model!r}; expected the name that clients ask for")
     options = options or ServeOptions()
-    if options.context_length is None and (limit := engine.stats().get("max_length")):
-        options = dataclasses.replace(options, context_length=int(limit))
+    if options.context_length is None:
+        options = dataclasses.replace(options, context_length=_length(engine))
     return App(State(engine, tokenizer, model, options))
+
+
+def _length(engine: Engine) -> int | None:
+    try:
+        limit = engine.stats().get("max_length")
+    except Exception:  # noqa: BLE001  health tells what is wrong with it
+        return None
+    return None if limit is None else int(limit)
 
 
 class App:
