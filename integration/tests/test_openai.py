@@ -371,7 +371,7 @@ def test_sixteen_clients_get_what_each_gets_alone(api):
 @pytest.mark.parametrize(
     ("fields", "status", "param", "words"),
     [
-        ({"max_tokens": 95}, 400, "prompt", f"at most max_length={LENGTH}"),
+        ({"max_tokens": 95}, 400, "prompt", f"at most {LENGTH} together"),
         ({"prompt": [100_000]}, 400, "prompt", "token id 100000"),
         ({"model": "large"}, 404, "model", NAME),
         ({"frequency_penalty": 0.5}, 400, "frequency_penalty", "frequency_penalty=0.5 is not supported"),
