@@ -73,6 +73,11 @@ def vllm() -> str:
     return python
 
 
+def tokamax() -> str:
+    """tokamax and the jax that it needs, on Python 3.12."""
+    return with_pip("bench-tokamax", "3.12", ("tokamax==0.0.17",))
+
+
 def with_pip(name: str, version: str, requirements: tuple[str | Declared, ...]) -> str:
     """Make ``.nox/NAME`` with venv and pip, one line of requirements after the other, unless it is there already."""
     where = ROOT / ".nox" / name
@@ -96,4 +101,10 @@ def declared(python: str, wanted: Declared) -> list[str]:
     return [line for line in lines if re.match(r"[\w.-]+", line)[0] not in wanted.but]
 
 
-ENVIRONMENTS: dict[str, Callable[[], str]] = {"current": current, "ours": ours, "torch": torch, "vllm": vllm}
+ENVIRONMENTS: dict[str, Callable[[], str]] = {
+    "current": current,
+    "ours": ours,
+    "tokamax": tokamax,
+    "torch": torch,
+    "vllm": vllm,
+}

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dovetail_kernels import DenseMixer, attention
+from dovetail_kernels import DenseMixer, attention, causal
 from dovetail_protocols import Mixer
 from dovetail_protocols.testing import MixerCase, check_mixer
 
@@ -28,7 +28,7 @@ def test_no_segments_is_one_segment_per_row() -> None:
     mixer = DenseMixer.of(jnp.zeros((2, 3), jnp.int32))
     assert isinstance(mixer, Mixer)
     out, after = mixer.attend(0, q, k, v, scale=0.5)
-    expected = attention(*(x.reshape(2, 3, 2, 4) for x in (q, k, v)), scale=0.5)
+    expected = attention(*(x.reshape(2, 3, 2, 4) for x in (q, k, v)), causal(), scale=0.5)
     np.testing.assert_array_equal(out, expected.reshape(6, 2, 4))
     assert after is mixer
     assert jax.tree.structure(after) == jax.tree.structure(mixer)

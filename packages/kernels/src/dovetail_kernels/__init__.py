@@ -1,9 +1,12 @@
 """Operations for models in JAX: one function per operation, the same numbers everywhere."""
 
-from dovetail_kernels.attention import AttentionImplementation, attention
+from dovetail_kernels._dropout import Dropout
+from dovetail_kernels.attention import Attended, attention, merge
 from dovetail_kernels.cross_entropy import linear_cross_entropy
+from dovetail_kernels.masks import Mask, causal, chunked, dense, lengths, prefix, segments, window
 from dovetail_kernels.mixer import DenseMixer
 from dovetail_kernels.norm import rms_norm
+from dovetail_kernels.operation import Call, Configured, Decision, Implementation, UnsupportedError, configured
 from dovetail_kernels.rope import (
     LinearScaling,
     Llama3Scaling,
@@ -16,26 +19,51 @@ from dovetail_kernels.rope import (
 )
 from dovetail_kernels.sampling import Sampling, filter_logits, sample, token_logprobs, top_logprobs
 from dovetail_kernels.seam import einsum, take
+from dovetail_kernels.selection import Explanation, explain, prefer
+from dovetail_kernels.tuning import Entry, Store, tune, tuned
 
 __all__ = [
-    "AttentionImplementation",
+    "Attended",
+    "Call",
+    "Configured",
+    "Decision",
     "DenseMixer",
+    "Dropout",
+    "Entry",
+    "Explanation",
+    "Implementation",
     "LinearScaling",
     "Llama3Scaling",
+    "Mask",
     "RopeScaling",
     "RopeTable",
     "Sampling",
+    "Store",
+    "UnsupportedError",
     "YarnScaling",
     "attention",
+    "causal",
+    "chunked",
+    "configured",
+    "dense",
     "einsum",
+    "explain",
     "filter_logits",
+    "lengths",
     "linear_cross_entropy",
+    "merge",
+    "prefer",
+    "prefix",
     "rms_norm",
     "rope",
     "rope_frequencies",
     "rope_table",
     "sample",
+    "segments",
     "take",
     "token_logprobs",
     "top_logprobs",
+    "tune",
+    "tuned",
+    "window",
 ]

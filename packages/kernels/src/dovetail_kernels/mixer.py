@@ -6,7 +6,10 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int
 
-from dovetail_kernels.attention import AttentionImplementation, attention
+from dovetail_kernels.attention import attention
+from dovetail_kernels.masks import causal, segments
+from dovetail_kernels.masks import window as sliding
+from dovetail_kernels.operation import Wanted
 
 __all__ = ["DenseMixer"]
 
@@ -26,7 +29,7 @@ class DenseMixer:
     segment_ids: Any
     batch: int = dataclasses.field(metadata={"static": True})
     time: int = dataclasses.field(metadata={"static": True})
-    implementation: AttentionImplementation | None = dataclasses.field(default=None, metadata={"static": True})
+    implementation: Wanted = dataclasses.field(default=None, metadata={"static": True})
 
     @classmethod
     def of(
@@ -34,7 +37,7 @@ class DenseMixer:
         tokens: Int[Array, "batch time"],
         segment_ids: Int[Array, "batch time"] | None = None,
         *,
-        implementation: AttentionImplementation | None = None,
+        implementation: Wanted = None,
     ) -> "DenseMixer":
         """Return the mixer for a batch of rows.
 
@@ -70,15 +73,12 @@ class DenseMixer:
         def rows(x: jax.Array) -> jax.Array:
             return x.reshape(self.batch, self.time, *x.shape[1:])
 
-        out = attention(
-            rows(query),
-            rows(key),
-            rows(value),
-            window=window,
-            segment_ids=self.segment_ids,
-            scale=scale,
-            implementation=self.implementation,
-        )
+        mask = causal()
+        if window is not None:
+            mask = mask & sliding(window)
+        if self.segment_ids is not None:
+            mask = mask & segments(self.segment_ids)
+        out = attention(rows(query), rows(key), rows(value), mask, scale=scale, implementation=self.implementation)
         return out.reshape(-1, *out.shape[2:]), self
 
     def attend_latent(self, *_: Any, **__: Any) -> Any:

@@ -1,0 +1,5 @@
+"""All operations."""
+
+from dovetail_kernels.attention import ATTENTION
+
+OPERATIONS = (ATTENTION,)
