@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-MODULES = ("attention",)
+MODULES = ("attention", "paged_attention")
 
 
 class Shape(NamedTuple):

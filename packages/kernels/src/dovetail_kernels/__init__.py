@@ -7,6 +7,8 @@ from dovetail_kernels.masks import Mask, causal, chunked, dense, lengths, prefix
 from dovetail_kernels.mixer import DenseMixer
 from dovetail_kernels.norm import rms_norm
 from dovetail_kernels.operation import Call, Configured, Decision, Implementation, UnsupportedError, configured
+from dovetail_kernels.paged_attention import paged_attention, paged_latent_attention
+from dovetail_kernels.paged_cache import empty_pages, gather_pages, page_slots, update_pages
 from dovetail_kernels.rope import (
     LinearScaling,
     Llama3Scaling,
@@ -47,11 +49,16 @@ __all__ = [
     "configured",
     "dense",
     "einsum",
+    "empty_pages",
     "explain",
     "filter_logits",
+    "gather_pages",
     "lengths",
     "linear_cross_entropy",
     "merge",
+    "page_slots",
+    "paged_attention",
+    "paged_latent_attention",
     "prefer",
     "prefix",
     "rms_norm",
@@ -65,5 +72,6 @@ __all__ = [
     "top_logprobs",
     "tune",
     "tuned",
+    "update_pages",
     "window",
 ]
