@@ -86,10 +86,10 @@ def test_another_platform() -> None:
 
 def test_configurations_reach_the_implementation() -> None:
     """What tuning finds is what runs."""
-    wanted = configured("blocked", rows=2, groups=1)
+    wanted = configured("blocked", rows=2, chunk=1)
     (decision,) = explain(lambda q: call(q, implementation=wanted), Q)
-    assert decision.config == {"rows": 2, "groups": 1}
-    assert "blocked [groups=1, rows=2] (implementation=)" in str(explain(lambda q: call(q, implementation=wanted), Q))
+    assert decision.config == {"rows": 2, "chunk": 1}
+    assert "blocked [chunk=1, rows=2] (implementation=)" in str(explain(lambda q: call(q, implementation=wanted), Q))
     np.testing.assert_allclose(call(Q, implementation=wanted), call(Q), rtol=1e-6)
 
 

@@ -1,12 +1,8 @@
-"""Attention by blocks of query rows, heads in a leading batch dimension.
+"""Attention by tiles of query rows and keys, heads in a leading batch dimension.
 
-What a mask tells at trace time gives every block a range of keys; what lies outside is never computed. Consecutive
-blocks form a group: one loop over its blocks, each with a range of the same width that starts where the block needs it.
-A block's logits span its whole range, so the softmax needs no second pass. The backward pass recomputes the
-probabilities from the saved log-sum-exp.
-
-Where only arrays tell what a block needs (segments, lengths, traced offsets), its range is walked in chunks of keys,
-from the first to the last that it needs, with a running softmax.
+A loop over blocks of query rows holds a loop over chunks of keys, from the first to the last that any row of the block
+may see: what a mask rules out is never computed, be it known when traced (causal, window) or found in arrays (segments,
+lengths). The softmax runs along with the keys. The backward pass recomputes the probabilities from the log-sum-exp.
 """
 
 import dataclasses
@@ -16,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from dovetail_kernels._dropout import Dropout, kept
 from dovetail_kernels._dtypes import exact
@@ -23,21 +20,17 @@ from dovetail_kernels._manual import alike
 from dovetail_kernels.masks import Mask, Tile
 from dovetail_kernels.operation import Call
 
-__all__ = ["Group", "attention", "configs", "groups"]
+__all__ = ["attention", "configs"]
 
-ROWS = 128
-GROUPS = 8
-CHUNK = 512
-LEAST_GAIN = 0.02
+SIDE = 128
 
 
-class Group(NamedTuple):
-    """Blocks of `rows` query rows from row `start` on; block b uses the keys ``[lows[b], lows[b] + width)``."""
+class Blocks(NamedTuple):
+    """`count` blocks of `rows` query rows from row `start` on."""
 
     start: int
     rows: int
-    lows: tuple[int, ...]
-    width: int
+    count: int
 
 
 class How(NamedTuple):
@@ -46,8 +39,7 @@ class How(NamedTuple):
     scale: float
     softcap: float | None
     rows: int
-    groups: int
-    chunk: int | None
+    chunk: int
     query_offset: int | None
     key_offset: int | None
 
@@ -80,10 +72,11 @@ class Operands(NamedTuple):
 
 def configs(call: Call) -> Iterator[dict[str, int]]:
     """Return configurations worth trying."""
-    time = call.arguments["query"].shape[1]
+    time, source = call.arguments["query"].shape[1], call.arguments["key"].shape[1]
     for rows in (64, 128, 256, 512):
-        if rows <= max(64, time):
-            yield from ({"rows": rows, "groups": n} for n in (1, 4, 8, 16) if n == 1 or n * rows <= time)
+        for chunk in (64, 128, 256, 512, 1024):
+            if rows < 2 * time and chunk < 2 * source:
+                yield {"rows": rows, "chunk": chunk}
 
 
 def attention(
@@ -100,14 +93,12 @@ def attention(
     query_offset: Any,
     key_offset: Any,
     return_lse: bool,
-    rows: int = ROWS,
-    groups: int = GROUPS,
-    chunk: int = CHUNK,
+    rows: int = SIDE,
+    chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array | None]:
     """See `dovetail_kernels.attention`; shapes are checked there.
 
-    A configuration is the number of query rows per block, the largest number of groups (and so of loops in the
-    program), and the number of keys per step where arrays tell what is needed.
+    A configuration is the number of query rows and of keys of a tile; by default few rows go with many keys.
     """
     batch, time, heads, _ = query.shape
     source, kv_heads = key.shape[1:3]
@@ -116,47 +107,12 @@ def attention(
     operands = Operands(q, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), bias, sinks)
     static = [x if isinstance(x, int) else None for x in (query_offset, key_offset)]
     traced = [None if isinstance(x, int) else x for x in (query_offset, key_offset)]
-    walk = mask is not None and mask.bounds(Tile(0, 1, 0, source, query_offset, key_offset)) is not None
-    how = How(scale, softcap, rows, groups, min(chunk, source) if walk and source > chunk else None, *static)
+    rows = min(rows, time)
+    how = How(scale, softcap, rows, min(chunk or max(SIDE, SIDE * SIDE // rows), source), *static)
     leaves, tree = jax.tree.flatten((operands, Where(mask, dropout, *traced)))
     out, lse = _attend(how, *jax.tree.unflatten(tree, alike(*leaves)))
     out = out.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, -1)
     return out, lse.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads) if return_lse else None
-
-
-def groups(time: int, rows: int, limit: int, span: Callable[[int, int], tuple[int, int]]) -> list[Group]:
-    """Cover the query rows with at most `limit` groups of whole blocks, and one for the rows that are left.
-
-    Args:
-        time: number of query rows.
-        rows: per block.
-        limit: of groups.
-        span: the range of keys of the query rows ``[start, start + rows)``.
-    """
-    blocks, rest = divmod(time, rows)
-    spans = [span(b * rows, rows) for b in range(blocks)]
-    parts = [(0, blocks)] if blocks else []
-
-    def area(part: tuple[int, int]) -> int:
-        return (part[1] - part[0]) * max(high - low for low, high in spans[part[0] : part[1]])
-
-    while len(parts) < limit:
-        cuts = [(area(p) - area((p[0], c)) - area((c, p[1])), p, c) for p in parts for c in range(p[0] + 1, p[1])]
-        gain, part, cut = max(cuts, default=(0, (0, 0), 0))
-        if gain <= LEAST_GAIN * sum(map(area, parts)):
-            break
-        parts.remove(part)
-        parts += [(part[0], cut), (cut, part[1])]
-    out = list[Group]()
-    for first, last in sorted(parts):
-        width = max(high - low for low, high in spans[first:last])
-        source = max(high for _, high in spans)
-        lows = tuple(max(0, min(low, source - width)) for low, _ in spans[first:last])
-        out.append(Group(first * rows, rows, lows, width))
-    if rest:
-        low, high = span(time - rest, rest)
-        out.append(Group(time - rest, rest, (low,), high - low))
-    return out
 
 
 @jax.tree_util.register_dataclass
@@ -168,14 +124,16 @@ class Job:
     operands: Operands
     where: Where
 
-    def groups(self) -> list[Group]:
-        """Return the groups of blocks that cover all query rows."""
-        mask, source = self.where.mask, self.operands.k.shape[2]
+    def blocks(self) -> list[Blocks]:
+        """Cover all query rows: whole blocks, and what is left."""
+        time, rows = self.operands.q.shape[3], self.how.rows
+        whole, rest = divmod(time, rows)
+        return [Blocks(0, rows, whole)] + ([Blocks(time - rest, rest, 1)] if rest else [])
 
-        def span(start: int, rows: int) -> tuple[int, int]:
-            return (0, source) if mask is None else mask.span(self.tile(start, rows, 0, source))
-
-        return groups(self.operands.q.shape[3], self.how.rows, self.how.groups, span)
+    def span(self, start: int, rows: int) -> tuple[int, int]:
+        """Return the keys that some rows may see, as far as known when traced."""
+        source = self.operands.k.shape[2]
+        return (0, source) if self.where.mask is None else self.where.mask.span(self.tile(start, rows, 0, source))
 
     def tile(self, row: Any, rows: int, col: Any, cols: int) -> Tile:
         """Return a tile with the offsets of the call."""
@@ -200,11 +158,13 @@ class Job:
             s = _merged(self._split(s, tile) + self._heads(self._part(operands.bias, tile)).astype(s.dtype))
         if how.softcap is not None:
             s = how.softcap * jnp.tanh(s / how.softcap)
-        if where.mask is None or where.mask.full(tile):
-            return s, None
-        keep = where.mask.keep(tile)
-        if first is not None:
-            keep = keep & (tile.col + jnp.arange(tile.cols, dtype=jnp.int32) >= first)
+        new = None
+        if first is not None and operands.k.shape[2] % tile.cols:  # the last chunk overlaps the one before
+            new = tile.col + jnp.arange(tile.cols, dtype=jnp.int32) >= first
+        keep = None if where.mask is None or where.mask.full(tile) else where.mask.keep(tile)
+        if keep is None:
+            return s, new
+        keep = keep if new is None else keep & new
         return s, _merged(jnp.broadcast_to(self._heads(keep), self._split(s, tile).shape))
 
     def dropped(self, p: jax.Array, tile: Tile) -> jax.Array:
@@ -275,10 +235,11 @@ def _attend(how: How, operands: Operands, where: Where) -> tuple[jax.Array, jax.
     """Return ``[batch, kv_heads, group, time, value_dim]`` and the log-sum-exp, ``[..., time, 1]``."""
     job = Job(how, operands, where)
     parts = list[Any]()
-    for group in job.groups():
+    for blocks in job.blocks():
+        rows = blocks.rows
 
-        def block(start: Any, low: Any, carry: None, group: Group = group) -> Any:
-            q = _rows(operands.q, start, group.rows)
+        def block(start: Any, keys: Any, carry: None, rows: int = rows) -> Any:
+            q = _rows(operands.q, start, rows)
 
             def see(state: Softmax, tile: Tile, first: Any) -> Softmax:
                 values = _cols(operands.v, tile)
@@ -287,10 +248,10 @@ def _attend(how: How, operands: Operands, where: Where) -> tuple[jax.Array, jax.
                     lambda p: _dot("bkts,bksd->bktd", job.dropped(p, tile).astype(values.dtype), values),
                 )
 
-            out, lse = _over_keys(job, group, start, low, see, Softmax.start(job, group.rows)).finish()
-            return carry, (_unmerged(out.astype(operands.v.dtype), group), _unmerged(lse, group))
+            out, lse = _over_keys(job, (start, rows), keys, see, Softmax.start(job, rows)).finish()
+            return carry, (_unmerged(out.astype(operands.v.dtype), rows), _unmerged(lse, rows))
 
-        parts.append(_over_blocks(block, group, None)[1])
+        parts.append(_over_blocks(job, blocks, block, None)[1])
     out, lse = (jnp.concatenate(x, axis=3) for x in zip(*parts, strict=True))
     return out, lse
 
@@ -317,17 +278,18 @@ def _backward_rule(how: How, saved: Any, cotangents: tuple[jax.Array, jax.Array]
     bias = None if operands.bias is None else jnp.zeros_like(operands.bias, wide)
     sums = Gradients(jnp.zeros_like(operands.k, wide), jnp.zeros_like(operands.v, wide), bias)
     d_queries = list[Any]()
-    for group in job.groups():
+    for blocks in job.blocks():
+        rows = blocks.rows
 
-        def block(start: Any, low: Any, sums: Gradients, group: Group = group) -> Any:
-            q, d_rows, top, less = (_rows(x, start, group.rows) for x in (operands.q, d_out, known, delta))
+        def block(start: Any, keys: Any, sums: Gradients, rows: int = rows) -> Any:
+            q, d_rows, top, less = (_rows(x, start, rows) for x in (operands.q, d_out, known, delta))
 
             def see(state: tuple[jax.Array, Gradients], tile: Tile, first: Any) -> tuple[jax.Array, Gradients]:
                 dq, sums = state
-                keys, values = _cols(operands.k, tile), _cols(operands.v, tile)
+                k, v = _cols(operands.k, tile), _cols(operands.v, tile)
                 s, keep = job.scores(q, tile, first)
                 p = jnp.exp(_masked(s, keep) - top)
-                dp = job.dropped(_dot("bktd,bksd->bkts", d_rows, values), tile)
+                dp = job.dropped(_dot("bktd,bksd->bkts", d_rows, v), tile)
                 ds = p * (dp - less)
                 if how.softcap is not None:
                     ds = ds * (1 - (s / how.softcap) ** 2)
@@ -336,12 +298,12 @@ def _backward_rule(how: How, saved: Any, cotangents: tuple[jax.Array, jax.Array]
                 dk = _dot("bkts,bktd->bksd", ds, q)
                 dv = _dot("bkts,bktd->bksd", job.dropped(p, tile).astype(d_rows.dtype), d_rows)
                 sums = Gradients(_add_cols(sums.k, dk, tile), _add_cols(sums.v, dv, tile), d_bias)
-                return dq + _dot("bkts,bksd->bktd", ds, keys), sums
+                return dq + _dot("bkts,bksd->bktd", ds, k), sums
 
-            dq, sums = _over_keys(job, group, start, low, see, (jnp.zeros_like(q, wide), sums))
-            return sums, _unmerged(dq.astype(q.dtype), group)
+            dq, sums = _over_keys(job, (start, rows), keys, see, (jnp.zeros_like(q, wide), sums))
+            return sums, _unmerged(dq.astype(q.dtype), rows)
 
-        sums, dq = _over_blocks(block, group, sums)
+        sums, dq = _over_blocks(job, blocks, block, sums)
         d_queries.append(dq)
     d_sinks = None
     if operands.sinks is not None:
@@ -353,36 +315,45 @@ def _backward_rule(how: How, saved: Any, cotangents: tuple[jax.Array, jax.Array]
 _attend.defvjp(_forward_rule, _backward_rule)
 
 
-def _over_blocks(block: Callable[..., Any], group: Group, carry: Any) -> Any:
-    """Run ``block(start, low, carry) -> (carry, rows)`` for every block of a group and join the rows."""
-    if len(group.lows) == 1:
-        return block(group.start, group.lows[0], carry)
-    starts = group.start + group.rows * jnp.arange(len(group.lows), dtype=jnp.int32)
-    lows = jnp.array(group.lows, jnp.int32)
-    fixed = group.lows[0] if len(set(group.lows)) == 1 else None
+def _over_blocks(job: Job, blocks: Blocks, block: Callable[..., Any], carry: Any) -> Any:
+    """Run ``block(start, keys, carry) -> (carry, rows)`` for every block and join the rows."""
+    starts = [blocks.start + b * blocks.rows for b in range(blocks.count)]
+    keys = [job.span(start, blocks.rows) for start in starts]
+    if blocks.count == 1:
+        return block(starts[0], keys[0], carry)
 
     def body(carry: Any, at: Any) -> Any:
-        return block(at[0], at[1] if fixed is None else fixed, carry)
+        return block(at[0], at[1], carry)
 
-    carry, rows = jax.lax.scan(body, carry, (starts, lows))
+    carry, rows = jax.lax.scan(body, carry, (np.array(starts, np.int32), tuple(np.array(keys, np.int32).T)))
     return carry, jax.tree.map(_join, rows)
 
 
-def _over_keys(job: Job, group: Group, start: Any, low: Any, see: Callable[..., Any], state: Any) -> Any:
-    """Run ``see(state, tile, first) -> state`` over the keys of a block: all at once, or in chunks as far as needed."""
-    chunk = job.how.chunk
-    if chunk is None or chunk >= group.width:
-        return see(state, job.tile(start, group.rows, low, group.width), None) if group.width else state
-    begins, ends = job.where.mask.bounds(job.tile(start, group.rows, low, group.width))
-    first = jnp.min(jnp.where(begins < ends, begins, low + group.width)) - low
-    last = jnp.max(jnp.where(begins < ends, ends, low)) - low
+def _over_keys(job: Job, at: tuple[Any, int], keys: tuple[Any, Any], see: Callable[..., Any], state: Any) -> Any:
+    """Run ``see(state, tile, first) -> state`` over the keys of a block, chunk after chunk as far as needed.
+
+    Args:
+        job: the call.
+        at: the first row of the block, and how many.
+        keys: the half-open range of keys as far as known when traced.
+        see: takes a tile, and the column before which it has been seen already (None for a tile of all).
+        state: what goes in.
+    """
+    chunk, source = job.how.chunk, job.operands.k.shape[2]
+    if chunk == source:
+        return see(state, job.tile(*at, 0, source), None)
+    low, high = keys
+    found = None if job.where.mask is None else job.where.mask.bounds(job.tile(*at, 0, source))
+    if found is not None:
+        some = found[0] < found[1]
+        low = jnp.maximum(low, jnp.min(jnp.where(some, found[0], source)))
+        high = jnp.minimum(high, jnp.max(jnp.where(some, found[1], 0)))
 
     def step(index: Any, state: Any) -> Any:
-        begin = low + index * chunk
-        col = jnp.minimum(begin, low + group.width - chunk)
-        return see(state, job.tile(start, group.rows, col, chunk), begin)
+        begin = index * chunk
+        return see(state, job.tile(*at, jnp.minimum(begin, source - chunk), chunk), begin)
 
-    return jax.lax.fori_loop(first // chunk, (last + chunk - 1) // chunk, step, state)
+    return jax.lax.fori_loop(low // chunk, (high + chunk - 1) // chunk, step, state)
 
 
 def _join(blocks: jax.Array) -> jax.Array:
@@ -400,8 +371,8 @@ def _merged(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], -1, x.shape[-1])
 
 
-def _unmerged(x: jax.Array, group: Group) -> jax.Array:
-    return x.reshape(*x.shape[:2], -1, group.rows, x.shape[-1])
+def _unmerged(x: jax.Array, rows: int) -> jax.Array:
+    return x.reshape(*x.shape[:2], -1, rows, x.shape[-1])
 
 
 def _cols(x: jax.Array, tile: Tile) -> jax.Array:
