@@ -1,4 +1,7 @@
-"""What pages write in double braces: `include FILE` is a README or guide of the repository, `api MODULE` its names.
+"""What pages write in double braces.
+
+`include FILE` is a README or guide of the repository, `api MODULE` its public names, `call MODULE:FUNCTION` what a
+function without arguments returns.
 
 Links between included files become links between pages. The names are those of the module's `__all__` and no others.
 """
@@ -12,6 +15,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 INCLUDE = re.compile(r"^\{\{ include (\S+) \}\}$", re.MULTILINE)
 API = re.compile(r"^\{\{ api (\S+) \}\}$", re.MULTILINE)
+CALL = re.compile(r"^\{\{ call (\S+):(\S+) \}\}$", re.MULTILINE)
 LINK = re.compile(r"\[([^\]]+)\]\((?!https?:|#|mailto:)([^)\s]+)\)")
 
 
@@ -19,6 +23,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Write out the included files and the names of modules."""
     here = posixpath.dirname(page.file.src_uri)
     markdown = INCLUDE.sub(lambda found: included(found[1], here), markdown)
+    markdown = CALL.sub(lambda found: getattr(importlib.import_module(found[1]), found[2])(), markdown)
     return API.sub(lambda found: "\n\n".join(names(found[1])), markdown)
 
 
