@@ -2,7 +2,9 @@
 
 from dovetail_kernels._dropout import Dropout
 from dovetail_kernels.attention import Attended, attention, merge
+from dovetail_kernels.conv import ConvActivation, causal_conv1d, causal_conv1d_step
 from dovetail_kernels.cross_entropy import linear_cross_entropy
+from dovetail_kernels.delta_rule import gated_delta_rule, gated_delta_step
 from dovetail_kernels.masks import Mask, causal, chunked, dense, lengths, prefix, segments, window
 from dovetail_kernels.mixer import DenseMixer
 from dovetail_kernels.norm import rms_norm
@@ -22,12 +24,14 @@ from dovetail_kernels.rope import (
 from dovetail_kernels.sampling import Sampling, filter_logits, sample, token_logprobs, top_logprobs
 from dovetail_kernels.seam import einsum, take
 from dovetail_kernels.selection import Explanation, explain, prefer
+from dovetail_kernels.ssd import ssd, ssd_step
 from dovetail_kernels.tuning import Entry, Store, tune, tuned
 
 __all__ = [
     "Attended",
     "Call",
     "Configured",
+    "ConvActivation",
     "Decision",
     "DenseMixer",
     "Dropout",
@@ -45,6 +49,8 @@ __all__ = [
     "YarnScaling",
     "attention",
     "causal",
+    "causal_conv1d",
+    "causal_conv1d_step",
     "chunked",
     "configured",
     "dense",
@@ -52,6 +58,8 @@ __all__ = [
     "empty_pages",
     "explain",
     "filter_logits",
+    "gated_delta_rule",
+    "gated_delta_step",
     "gather_pages",
     "lengths",
     "linear_cross_entropy",
@@ -67,6 +75,8 @@ __all__ = [
     "rope_table",
     "sample",
     "segments",
+    "ssd",
+    "ssd_step",
     "take",
     "token_logprobs",
     "top_logprobs",
