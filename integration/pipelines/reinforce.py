@@ -104,7 +104,9 @@ def log_likelihood(definition: Any, params: Any, tokens: Any) -> jax.Array:
     inputs, targets = tokens[:, :-1], tokens[:, 1:]
     positions = jnp.broadcast_to(jnp.arange(inputs.shape[1]), inputs.shape)
     hidden, _, _ = model.hidden(inputs.reshape(-1), positions.reshape(-1), DenseMixer.of(inputs))
-    return token_logprobs(model.unembed(hidden), targets.reshape(-1)).reshape(targets.shape)
+    weight, bias, softcap = model.unembedding()
+    found = token_logprobs(hidden, weight, targets.reshape(-1), bias=bias, softcap=softcap)
+    return found.reshape(targets.shape)
 
 
 def policy_gradient(definition: Any) -> Callable[[Any, Batch], LossOutput]:

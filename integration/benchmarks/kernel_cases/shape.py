@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-MODULES = ("attention", "delta_rule", "paged_attention", "ssd")
+MODULES = ("attention", "cross_entropy", "delta_rule", "paged_attention", "ssd")
 
 
 class Shape(NamedTuple):

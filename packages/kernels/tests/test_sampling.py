@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dovetail_kernels import Sampling, filter_logits, sample, token_logprobs, top_logprobs
+from dovetail_kernels import Sampling, filter_logits, logprobs, sample, top_logprobs
 
 
 def how(rows=1, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, position=0):
@@ -140,7 +140,7 @@ def test_logprobs_are_those_of_the_unfiltered_softmax(dtype):
     exact = np.asarray(logits.astype(jnp.float32), np.float64)
     exact = exact - np.log(np.exp(exact).sum(-1, keepdims=True))
     tokens = jnp.asarray([0, 5, 32, 7])
-    np.testing.assert_allclose(token_logprobs(logits, tokens), exact[np.arange(4), tokens], atol=1e-5)
+    np.testing.assert_allclose(logprobs(logits, tokens), exact[np.arange(4), tokens], atol=1e-5)
     values, ids = top_logprobs(logits, 5)
     np.testing.assert_allclose(values, -np.sort(-exact, -1)[:, :5], atol=1e-5)
     np.testing.assert_allclose(np.take_along_axis(exact, np.asarray(ids), -1), values, atol=1e-5)
@@ -150,4 +150,4 @@ def test_logits_that_are_not_finite_show_in_the_logprob():
     """A model that broke is answered with a token as if nothing were wrong."""
     logits = jnp.asarray([[0.0, jnp.nan], [0.0, 1.0], [jnp.inf, 0.0]])
     tokens = sample(logits, how(3, temperature=0.0))
-    assert np.isnan(token_logprobs(logits, tokens)).tolist() == [True, False, True]
+    assert np.isnan(logprobs(logits, tokens)).tolist() == [True, False, True]

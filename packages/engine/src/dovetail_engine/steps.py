@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dovetail_engine.mixers import Cache, DecodeMixer, PrefillMixer
-from dovetail_kernels import Sampling, sample, token_logprobs, top_logprobs
+from dovetail_kernels import Sampling, logprobs, sample, top_logprobs
 from dovetail_protocols import LanguageModel
 
 __all__ = ["TOP", "DecodeBatch", "PrefillBatch", "Sampled", "decode", "prefill"]
@@ -135,4 +135,4 @@ def _sample(logits: jax.Array, how: Sampling, tops: jax.Array) -> Sampled:
         return jnp.zeros((rows, TOP), jnp.float32), jnp.zeros((rows, TOP), jnp.int32)
 
     values, ids = jax.lax.cond(tops, best, nothing)
-    return Sampled(tokens, token_logprobs(logits, tokens), ids, values)
+    return Sampled(tokens, logprobs(logits, tokens), ids, values)

@@ -2,9 +2,11 @@
 
 from dovetail_kernels._dropout import Dropout
 from dovetail_kernels.attention import Attended, attention, merge
+from dovetail_kernels.contrastive import contrastive_loss
 from dovetail_kernels.conv import ConvActivation, causal_conv1d, causal_conv1d_step
-from dovetail_kernels.cross_entropy import linear_cross_entropy
+from dovetail_kernels.cross_entropy import CrossEntropyOptions, LossAndZLoss, linear_cross_entropy
 from dovetail_kernels.delta_rule import gated_delta_rule, gated_delta_step
+from dovetail_kernels.divergences import Teacher, TopLogprobs, distillation_loss
 from dovetail_kernels.masks import Mask, causal, chunked, dense, lengths, prefix, segments, window
 from dovetail_kernels.mixer import DenseMixer
 from dovetail_kernels.norm import rms_norm
@@ -21,7 +23,8 @@ from dovetail_kernels.rope import (
     rope_frequencies,
     rope_table,
 )
-from dovetail_kernels.sampling import Sampling, filter_logits, sample, token_logprobs, top_logprobs
+from dovetail_kernels.sampling import Sampling, filter_logits, logprobs, sample, top_logprobs
+from dovetail_kernels.scoring import LogprobsAndEntropy, token_logprobs
 from dovetail_kernels.seam import einsum, take
 from dovetail_kernels.selection import Explanation, explain, prefer
 from dovetail_kernels.ssd import ssd, ssd_step
@@ -32,6 +35,7 @@ __all__ = [
     "Call",
     "Configured",
     "ConvActivation",
+    "CrossEntropyOptions",
     "Decision",
     "DenseMixer",
     "Dropout",
@@ -40,11 +44,15 @@ __all__ = [
     "Implementation",
     "LinearScaling",
     "Llama3Scaling",
+    "LogprobsAndEntropy",
+    "LossAndZLoss",
     "Mask",
     "RopeScaling",
     "RopeTable",
     "Sampling",
     "Store",
+    "Teacher",
+    "TopLogprobs",
     "UnsupportedError",
     "YarnScaling",
     "attention",
@@ -53,7 +61,9 @@ __all__ = [
     "causal_conv1d_step",
     "chunked",
     "configured",
+    "contrastive_loss",
     "dense",
+    "distillation_loss",
     "einsum",
     "empty_pages",
     "explain",
@@ -63,6 +73,7 @@ __all__ = [
     "gather_pages",
     "lengths",
     "linear_cross_entropy",
+    "logprobs",
     "merge",
     "page_slots",
     "paged_attention",

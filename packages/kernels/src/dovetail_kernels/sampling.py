@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
-__all__ = ["Sampling", "filter_logits", "sample", "token_logprobs", "top_logprobs"]
+__all__ = ["Sampling", "filter_logits", "logprobs", "sample", "top_logprobs"]
 
 
 _COLDEST = 1e-30  # colder ones would make infinities of the logits; at this one only equal logits share the draws
@@ -90,7 +90,7 @@ def filter_logits(logits: Float[Array, "rows vocab"], how: Sampling) -> Float[Ar
     return jnp.where(stays, scaled, -jnp.inf)
 
 
-def token_logprobs(logits: Float[Array, "rows vocab"], tokens: Int[Array, " rows"]) -> Float[Array, " rows"]:
+def logprobs(logits: Float[Array, "rows vocab"], tokens: Int[Array, " rows"]) -> Float[Array, " rows"]:
     """Return the natural log-probability of one token per row, in float32; NaN where the logits are not finite."""
     logits = logits.astype(jnp.float32)
     chosen = jnp.take_along_axis(logits, tokens[:, None], -1, mode="clip")[:, 0]
