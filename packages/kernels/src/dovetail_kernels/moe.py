@@ -11,6 +11,7 @@ The parts compose around any expert network, such as two grouped products::
 Sorting counts, and moving rows there and back only gathers, in the backward pass too.
 """
 
+import dataclasses
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -35,7 +36,8 @@ __all__ = [
 BLOCK = 32
 
 
-class ExpertGroups(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ExpertGroups:
     """Selection in two steps: a token first chooses groups of experts, then experts of these.
 
     Attributes:
