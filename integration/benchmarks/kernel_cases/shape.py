@@ -3,7 +3,7 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-MODULES = ("attention", "cross_entropy", "delta_rule", "paged_attention", "ssd")
+MODULES = ("attention", "cross_entropy", "delta_rule", "paged_attention", "quantized_matmul", "ragged_dot", "ssd")
 
 
 class Shape(NamedTuple):
