@@ -80,7 +80,7 @@ def test_packed_segments_are_sequences_of_their_own(kind: Kind) -> None:
         close(out[:, ids[0] == segment], alone)
     close(after, state)
     gradient = jax.grad(lambda *x: jnp.sum(kind.call(*x, segment_ids=jnp.asarray(ids))[0]), tuple(range(len(given))))
-    for part in jax.jit(gradient)(*dirty):
+    for part in jax.jit(gradient)(*given):
         assert np.isfinite(part).all()
         assert not np.asarray(part)[ids == 0].any()
 

@@ -13,6 +13,7 @@ from dovetail_kernels.norm import rms_norm
 from dovetail_kernels.operation import Call, Configured, Decision, Implementation, UnsupportedError, configured
 from dovetail_kernels.paged_attention import paged_attention, paged_latent_attention
 from dovetail_kernels.paged_cache import empty_pages, gather_pages, page_slots, update_pages
+from dovetail_kernels.quantized_matmul import quantized_matmul
 from dovetail_kernels.rope import (
     LinearScaling,
     Llama3Scaling,
@@ -80,6 +81,7 @@ __all__ = [
     "paged_latent_attention",
     "prefer",
     "prefix",
+    "quantized_matmul",
     "rms_norm",
     "rope",
     "rope_frequencies",

@@ -6,6 +6,7 @@ from dovetail_kernels.cross_entropy import LINEAR_CROSS_ENTROPY
 from dovetail_kernels.delta_rule import GATED_DELTA_RULE
 from dovetail_kernels.divergences import DISTILLATION_LOSS
 from dovetail_kernels.paged_attention import PAGED_ATTENTION
+from dovetail_kernels.quantized_matmul import QUANTIZED_MATMUL
 from dovetail_kernels.scoring import TOKEN_LOGPROBS
 from dovetail_kernels.ssd import SSD
 
@@ -16,6 +17,7 @@ OPERATIONS = (
     GATED_DELTA_RULE,
     LINEAR_CROSS_ENTROPY,
     PAGED_ATTENTION,
+    QUANTIZED_MATMUL,
     SSD,
     TOKEN_LOGPROBS,
 )
