@@ -3,7 +3,16 @@
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-MODULES = ("attention", "cross_entropy", "delta_rule", "paged_attention", "quantized_matmul", "ragged_dot", "ssd")
+MODULES = (
+    "attention",
+    "cross_entropy",
+    "delta_rule",
+    "paged_attention",
+    "quantized_matmul",
+    "ragged_dot",
+    "ssd",
+    "triangle",
+)
 
 
 class Shape(NamedTuple):
