@@ -64,6 +64,71 @@ def test_filters_keep_what_a_sort_keeps(seed, vocab, spread, temperature, top_k,
 JITTED = jax.jit(filter_logits)
 
 
+LARGE = 20011  # more than the blocks that a short look takes in, and no multiple of their size
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 6.0])
+@pytest.mark.parametrize(
+    "params",
+    [
+        {"top_k": 50, "top_p": 0.95},
+        {"top_k": 1},
+        {"top_k": 5000},
+        {"top_p": 0.5},
+        {"top_p": 0.999},
+        {"min_p": 0.2},
+        {"top_k": 40, "min_p": 1e-6, "top_p": 0.3, "temperature": 0.7},
+        {"temperature": 1.3},
+    ],
+)
+def test_large_vocabularies(params, spread):
+    """Looking at a few blocks of a row misses tokens that stay, or judges the nucleus by a part of the mass."""
+    logits = np.random.default_rng(3).standard_normal((2, LARGE)).astype(np.float32) * spread
+    full = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0} | params
+    got = np.asarray(JITTED(jnp.asarray(logits), how(2, **params)))
+    for row, filtered in zip(logits, got, strict=True):
+        expected = kept(row, **full)
+        if expected is not None:
+            np.testing.assert_array_equal(np.isfinite(filtered), expected)
+    drawn = DRAWN(jnp.asarray(logits), how(2, **params, seed=5, position=11))
+    assert drawn.tolist() == by_jax_random(got, 5, 11)
+
+
+DRAWN = jax.jit(sample)
+
+
+def by_jax_random(filtered, seed, position):
+    """Return the tokens of a Gumbel maximum with jax's own noise over whole rows."""
+    noise = jax.random.gumbel(jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position), (LARGE,))
+    return np.argmax(filtered + noise, -1).tolist()
+
+
+def test_large_vocabularies_with_ties():
+    """More equal logits than a short look holds: all of them tie with the last that stays."""
+    logits = jnp.zeros((1, LARGE)).at[0, 7].set(1.0)
+    assert np.isfinite(JITTED(logits, how(top_k=3))).sum() == LARGE
+    assert np.isfinite(JITTED(logits, how(top_k=1))).sum() == 1
+    rows = jnp.broadcast_to(logits.at[0, 19000].set(1.0), (20, LARGE))
+    chosen = DRAWN(rows, how(20, top_k=2, seed=jnp.arange(20)))
+    assert set(chosen.tolist()) == {7, 19000}
+
+
+def test_large_vocabularies_with_forbidden_tokens():
+    """A grammar leaves few tokens: nothing else may be drawn, and more tokens may be asked for than there are."""
+    allowed = [0, 31, 5000, LARGE - 1]
+    logits = jnp.full((60, LARGE), -jnp.inf).at[:, jnp.asarray(allowed)].set(0.5)
+    for params in ({}, {"top_k": 50}, {"top_p": 0.99}, {"top_k": 2, "top_p": 0.5}):
+        assert set(DRAWN(logits, how(60, **params, seed=jnp.arange(60))).tolist()) == set(allowed)
+
+
+def test_large_greedy():
+    """The likeliest token is looked for by blocks: the first of equals, the last token, and NaN must be found."""
+    logits = (
+        jnp.zeros((4, LARGE)).at[0, LARGE - 1].set(1.0).at[1, 77].set(2.0).at[1, 78].set(2.0).at[2, 99].set(jnp.nan)
+    )
+    assert DRAWN(logits, how(4, temperature=0.0)).tolist() == [LARGE - 1, 77, 99, 0]
+
+
 def test_min_p_is_relative_to_the_likeliest_probability():
     """min_p scales logits instead of probabilities: p = [.5, .3, .15, .05] at .5 must leave [.625, .375]."""
     logits = jnp.log(jnp.asarray([[0.5, 0.3, 0.15, 0.05]]))
@@ -101,11 +166,11 @@ def test_tokens_come_as_often_as_they_should(params):
 def test_a_row_depends_on_itself_alone():
     """Neighbours, their number or their parameters change a row's token."""
     logits = jnp.asarray(np.random.default_rng(0).standard_normal((6, 40)), jnp.float32)
-    alone = [int(sample(logits[i : i + 1], how(temperature=0.9, top_k=9, seed=7 + i, position=i))[0]) for i in range(6)]
+    alone = [int(DRAWN(logits[i : i + 1], how(temperature=0.9, top_k=9, seed=7 + i, position=i))[0]) for i in range(6)]
     params = how(6, temperature=0.9, top_k=9, seed=7 + jnp.arange(6), position=jnp.arange(6))
-    assert sample(logits, params).tolist() == alone
+    assert DRAWN(logits, params).tolist() == alone
     greedy = params._replace(temperature=params.temperature.at[2].set(0.0), top_k=params.top_k.at[4].set(0))
-    mixed = sample(logits, greedy).tolist()
+    mixed = DRAWN(logits, greedy).tolist()
     assert [mixed[i] for i in (0, 1, 3, 5)] == [alone[i] for i in (0, 1, 3, 5)]
     assert mixed[2] == int(logits[2].argmax())
 
@@ -113,8 +178,8 @@ def test_a_row_depends_on_itself_alone():
 def test_seed_and_position_both_matter():
     """Every position of a reply, or every request, gets the same random numbers."""
     logits = jnp.zeros((64, 1000))
-    by_position = sample(logits, how(64, seed=3, position=jnp.arange(64)))
-    by_seed = sample(logits, how(64, seed=jnp.arange(64), position=3))
+    by_position = DRAWN(logits, how(64, seed=3, position=jnp.arange(64)))
+    by_seed = DRAWN(logits, how(64, seed=jnp.arange(64), position=3))
     assert len(set(by_position.tolist())) > 55
     assert len(set(by_seed.tolist())) > 55
 

@@ -1,84 +1,17 @@
-"""Rotary position embeddings (Su et al., arXiv:2104.09864) in the half layout, with the usual scalings.
+"""Rotary position embeddings (Su et al., arXiv:2104.09864).
 
 The table of cosines and sines is made once per forward and used by every layer.
 """
 
-import dataclasses
-import math
-from typing import Any, NamedTuple, TypeAlias
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-__all__ = [
-    "LinearScaling",
-    "Llama3Scaling",
-    "RopeScaling",
-    "RopeTable",
-    "YarnScaling",
-    "rope",
-    "rope_frequencies",
-    "rope_table",
-]
-
-
-@dataclasses.dataclass(frozen=True)
-class LinearScaling:
-    """Positions divided by `factor` (Chen et al., arXiv:2306.15595)."""
-
-    factor: float
-
-    def __post_init__(self) -> None:
-        _positive(self, "factor")
-
-
-@dataclasses.dataclass(frozen=True)
-class Llama3Scaling:
-    """Llama 3.1: long wavelengths divided by `factor`, short ones kept, a linear blend between."""
-
-    factor: float
-    low_freq_factor: float
-    high_freq_factor: float
-    original_max_position: int
-
-    def __post_init__(self) -> None:
-        _positive(self, "factor", "low_freq_factor", "original_max_position")
-        if not self.high_freq_factor > self.low_freq_factor:
-            raise ValueError(f"{self}; expected high_freq_factor above low_freq_factor")
-
-
-@dataclasses.dataclass(frozen=True)
-class YarnScaling:
-    """YaRN (Peng et al., arXiv:2309.00071): a ramp between interpolation and extrapolation, and warmer attention.
-
-    `attention_factor` multiplies cosines and sines; None is the paper's ``0.1 ln(factor) + 1`` (1 for a factor
-    below 1). `truncate` rounds the ends of the ramp to whole features.
-    """
-
-    factor: float
-    original_max_position: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    attention_factor: float | None = None
-    truncate: bool = True
-
-    def __post_init__(self) -> None:
-        _positive(self, "factor", "original_max_position", "beta_slow")
-        if not self.beta_fast > self.beta_slow:
-            raise ValueError(f"{self}; expected beta_fast above beta_slow")
-        if self.attention_factor is not None:
-            _positive(self, "attention_factor")
-
-
-def _positive(scaling: Any, *names: str) -> None:
-    for name in names:
-        if not 0 < getattr(scaling, name) < math.inf:
-            raise ValueError(f"{scaling}; expected {name} to be a positive number")
-
-
-RopeScaling: TypeAlias = LinearScaling | Llama3Scaling | YarnScaling
+__all__ = ["RopeTable", "rope", "rope_axes", "rope_table"]
 
 
 class RopeTable(NamedTuple):
@@ -88,94 +21,105 @@ class RopeTable(NamedTuple):
     sin: jax.Array
 
 
-def rope_frequencies(
-    dim: int, theta: float, scaling: RopeScaling | None = None
-) -> tuple[Float[np.ndarray, " half"], float]:
-    """Return the angular frequencies ``[dim // 2]`` (float32, radians per position) and the factor of the table.
+def rope_axes(sections: Sequence[int], *, interleaved: bool = False) -> Int[np.ndarray, " half"]:
+    """Return which axis of a position each frequency reads, where positions have several (time, height, width).
 
     Args:
-        dim: rotated features per head, even.
-        theta: base of the geometric progression of wavelengths.
-        scaling: how a longer context is reached.
+        sections: frequencies per axis; ``[16, 24, 24]`` in Qwen2-VL, ``[dim // 4, dim // 4]`` in a vision encoder (then
+            with the frequencies of ``dim // 2``, twice).
+        interleaved: axes take turns, and the first has the rest, as in Qwen3-VL; else one after the other.
 
     Raises:
-        ValueError: `dim` is odd or not positive, or `theta` is not a number above 1.
+        ValueError: a section that is negative, or none.
+
+    >>> rope_axes([2, 1, 1]).tolist(), rope_axes([4, 2, 1], interleaved=True).tolist()
+    ([0, 0, 1, 2], [0, 1, 2, 0, 1, 0, 0])
     """
-    if dim <= 0 or dim % 2:
-        raise ValueError(f"dim={dim}; rotary embeddings need a positive even number of features")
-    if not 1 < theta < math.inf:
-        raise ValueError(f"theta={theta}; expected more than 1 (10000 is usual)")
-    base = 1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
-    factor = 1.0
-    match scaling:
-        case None:
-            pass
-        case LinearScaling():
-            base = base / scaling.factor
-        case Llama3Scaling():
-            base = _llama3(base, scaling)
-        case YarnScaling():
-            base = _yarn(base, dim, theta, scaling)
-            paper = 0.1 * math.log(max(scaling.factor, 1.0)) + 1.0
-            factor = paper if scaling.attention_factor is None else scaling.attention_factor
-    return base.astype(np.float32), factor
-
-
-def _llama3(base: Float[np.ndarray, " half"], scaling: Llama3Scaling) -> Float[np.ndarray, " half"]:
-    turns = scaling.original_max_position * base / (2 * math.pi)
-    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
-    blend = np.clip(blend, 0.0, 1.0)
-    return blend * base + (1 - blend) * base / scaling.factor
-
-
-def _yarn(base: Float[np.ndarray, " half"], dim: int, theta: float, scaling: YarnScaling) -> Float[np.ndarray, " half"]:
-    def feature_with(turns: float) -> float:
-        return dim * math.log(scaling.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(theta))
-
-    low, high = feature_with(scaling.beta_fast), feature_with(scaling.beta_slow)
-    if scaling.truncate:
-        low, high = math.floor(low), math.ceil(high)
-    low, high = max(low, 0), min(high, dim - 1)
-    ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 1e-3), 0.0, 1.0)
-    return base / scaling.factor * ramp + base * (1 - ramp)
+    if not len(sections) or min(sections) < 0:
+        raise ValueError(f"sections={list(sections)}; expected a number of frequencies for each axis")
+    if not interleaved:
+        return np.repeat(np.arange(len(sections), dtype=np.int32), sections)
+    axes = np.zeros(sum(sections), np.int32)
+    for axis in range(1, len(sections)):
+        axes[axis : sections[axis] * len(sections) : len(sections)] = axis
+    return axes
 
 
 def rope_table(
-    positions: Int[Array, "*tokens"], frequencies: Any, *, factor: float = 1.0, dtype: Any = jnp.float32
+    positions: Int[Array, "*tokens"],
+    frequencies: Any,
+    *,
+    factor: float = 1.0,
+    axes: Any = None,
+    dtype: Any = jnp.float32,
 ) -> RopeTable:
     """Return the cosines and sines of integer positions; angles are computed in float32.
 
     Args:
-        positions: any shape.
+        positions: any shape; with `axes` the last axis holds a token's position on each of them.
         frequencies: ``[dim // 2]``, as from `rope_frequencies`.
         factor: multiplies both tables.
+        axes: ``[dim // 2]``, which axis of the position each frequency reads, as from `rope_axes`.
         dtype: of the tables.
 
     Raises:
         TypeError: `positions` are not integers.
+        ValueError: `axes` do not fit the frequencies or the positions.
+
+    >>> positions = jnp.asarray([[0, 2], [1, 3]])  # row and column of two patches
+    >>> rope_table(positions, [1.0, 1.0], axes=rope_axes([1, 1])).cos.shape
+    (2, 2)
     """
     if not jnp.issubdtype(positions.dtype, jnp.integer):
         raise TypeError(f"positions have dtype {positions.dtype}; expected integers")
-    angles = positions.astype(jnp.float32)[..., None] * jnp.asarray(frequencies, jnp.float32)
+    frequencies = jnp.asarray(frequencies, jnp.float32)
+    places = positions.astype(jnp.float32)[..., None]
+    if axes is not None:
+        axes = np.asarray(axes)
+        if (
+            axes.shape != frequencies.shape
+            or not positions.ndim
+            or not 0 <= axes.min() <= axes.max() < positions.shape[-1]
+        ):
+            raise ValueError(
+                f"axes {axes.tolist()}; expected one of the axes of positions {positions.shape} for each of the "
+                f"{frequencies.shape[0]} frequencies"
+            )
+        places = places[..., axes, 0]
+    angles = places * frequencies
     return RopeTable((jnp.cos(angles) * factor).astype(dtype), (jnp.sin(angles) * factor).astype(dtype))
 
 
-def rope(x: Float[Array, "*tokens heads dim"], table: RopeTable) -> Float[Array, "*tokens heads dim"]:
-    """Rotate each head's features ``(x[i], x[i + dim/2])`` by the angle of its token's position.
+def rope(
+    x: Float[Array, "*tokens heads dim"], table: RopeTable, *, rotated: int | None = None, interleaved: bool = False
+) -> Float[Array, "*tokens heads dim"]:
+    """Rotate pairs of each head's features by the angle of its token's position.
 
     Args:
         x: queries or keys.
-        table: of the same tokens, ``[*tokens, dim // 2]``.
+        table: of the same tokens, ``[*tokens, rotated // 2]``.
+        rotated: only this many first features are rotated; None for all.
+        interleaved: the pairs are ``(x[2i], x[2i + 1])``, as in GPT-J; else ``(x[i], x[i + rotated // 2])``.
 
     Raises:
         ValueError: the table does not belong to these tokens or this head size.
+
+    >>> quarter_turn = RopeTable(jnp.zeros((1, 1)), jnp.ones((1, 1)))
+    >>> rope(jnp.asarray([[[1.0, 0.0, 5.0]]]), quarter_turn, rotated=2)
+    Array([[[0., 1., 5.]]], dtype=float32)
     """
-    if x.ndim < 2 or x.shape[-1] % 2:
-        raise ValueError(f"x has shape {x.shape}; expected [*tokens, heads, dim] with an even dim")
-    if table.cos.shape != (*x.shape[:-2], x.shape[-1] // 2):
-        raise ValueError(
-            f"the table has shape {table.cos.shape}; x {x.shape} needs {(*x.shape[:-2], x.shape[-1] // 2)}"
-        )
+    dim = x.shape[-1] if rotated is None and x.ndim else rotated or 0
+    if x.ndim < 2 or dim % 2 or not 0 <= dim <= x.shape[-1]:
+        raise ValueError(f"x has shape {x.shape}, rotated={rotated}; expected [*tokens, heads, dim] with an even dim")
+    if table.cos.shape != (*x.shape[:-2], dim // 2):
+        raise ValueError(f"the table has shape {table.cos.shape}; x {x.shape} needs {(*x.shape[:-2], dim // 2)}")
     cos, sin = table.cos[..., None, :].astype(x.dtype), table.sin[..., None, :].astype(x.dtype)
-    a, b = jnp.split(x, 2, axis=-1)
-    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    turned = x[..., :dim]
+    if interleaved:
+        pairs = turned.reshape(*x.shape[:-1], dim // 2, 2)
+        a, b = pairs[..., 0], pairs[..., 1]
+        out = jnp.stack([a * cos - b * sin, b * cos + a * sin], axis=-1).reshape(turned.shape)
+    else:
+        a, b = jnp.split(turned, 2, axis=-1)
+        out = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+    return out if dim == x.shape[-1] else jnp.concatenate([out, x[..., dim:]], axis=-1)

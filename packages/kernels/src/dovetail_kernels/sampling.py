@@ -1,40 +1,17 @@
 """Sampling: one token per row of logits, by parameters that are arrays, so that one program serves every request.
 
-Filters need no sort: the smallest logit that stays is found by bisection over the ordered bits of a float32, exactly,
-in 32 passes over the row. A row's token is a function of its logits, its seed and its position alone.
+Filters need no sort and seldom look at more than a few blocks of a row (see `_candidates`). A row's token is a function
+of its logits, its seed and its position alone.
 """
-
-from collections.abc import Callable
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, UInt32
+from jax.extend.random import threefry_2x32
+from jaxtyping import Array, Float, Int, UInt32
+
+from dovetail_kernels._candidates import BLOCK, BLOCKS, Candidates, Sampling, argmax, everything, likeliest, stays
 
 __all__ = ["Sampling", "filter_logits", "logprobs", "sample", "top_logprobs"]
-
-
-_COLDEST = 1e-30  # colder ones would make infinities of the logits; at this one only equal logits share the draws
-
-
-class Sampling(NamedTuple):
-    """How each row is sampled; arrays with one entry per row.
-
-    Attributes:
-        temperature: 0 takes the likeliest token; else logits are divided by it.
-        top_k: only the k likeliest tokens; 0 for all.
-        top_p: the fewest likeliest tokens that hold this mass, in (0, 1].
-        min_p: only tokens at least this fraction as likely as the likeliest, in [0, 1].
-        seed: with `position` it makes the row's random numbers.
-        position: place of the token to sample in its sequence.
-    """
-
-    temperature: Float[Array, " rows"]
-    top_k: Int[Array, " rows"]
-    top_p: Float[Array, " rows"]
-    min_p: Float[Array, " rows"]
-    seed: UInt32[Array, " rows"]
-    position: Int[Array, " rows"]
 
 
 def sample(logits: Float[Array, "rows vocab"], how: Sampling) -> Int[Array, " rows"]:
@@ -51,15 +28,30 @@ def sample(logits: Float[Array, "rows vocab"], how: Sampling) -> Int[Array, " ro
     >>> sample(jnp.asarray([[0.0, 3.0, 1.0]]), how).tolist()
     [1]
     """
+    return _sample(logits, how)
+
+
+@jax.jit
+def _sample(logits: Float[Array, "rows vocab"], how: Sampling) -> Int[Array, " rows"]:
     logits = logits.astype(jnp.float32)
-    best = jnp.argmax(logits, -1).astype(jnp.int32)
+    best = argmax(logits)
     random = how.temperature > 0
 
-    def draw() -> jax.Array:
-        noisy = filter_logits(logits, how) + _gumbel(how.seed, how.position, logits.shape[1])
-        return jnp.where(random, jnp.argmax(noisy, -1).astype(jnp.int32), best)
+    def draw(among: Candidates, kept: jax.Array) -> jax.Array:
+        noisy = jnp.where(kept, among.scaled, -jnp.inf) + gumbel(how.seed, how.position, among.ids)
+        place = argmax(jax.lax.optimization_barrier(noisy))  # made once, not once per use
+        return jnp.where(random, jnp.take_along_axis(among.ids, place[:, None], -1)[:, 0], best)
 
-    return jax.lax.cond(jnp.any(random), draw, lambda: best)
+    def from_all() -> jax.Array:
+        among = everything(logits, how)
+        return draw(among, stays(among, how, logits.shape[1])[0])
+
+    def from_few() -> jax.Array:
+        among = likeliest(logits, how)
+        kept, proven = stays(among, how, logits.shape[1])
+        return jax.lax.cond(jnp.all(proven | ~random), lambda: draw(among, kept), from_all)
+
+    return jax.lax.cond(jnp.any(random), from_few if _large(logits) else from_all, lambda: best)
 
 
 def filter_logits(logits: Float[Array, "rows vocab"], how: Sampling) -> Float[Array, "rows vocab"]:
@@ -68,26 +60,27 @@ def filter_logits(logits: Float[Array, "rows vocab"], how: Sampling) -> Float[Ar
     The filters apply in the order temperature, top-k, top-p (of what top-k left), min-p, as in transformers. Tokens
     that tie with the last one that stays, stay too. The likeliest token always stays.
     """
+    return _filter(logits, how)
+
+
+@jax.jit
+def _filter(logits: Float[Array, "rows vocab"], how: Sampling) -> Float[Array, "rows vocab"]:
     logits = logits.astype(jnp.float32)
-    temperature = jnp.maximum(how.temperature, _COLDEST)
-    scaled = logits / jnp.where(how.temperature > 0, temperature, 1.0)[:, None]
-    bottom = jnp.full(scaled.shape[:1], -jnp.inf)
+    among = everything(logits, how)
 
-    def kth() -> jax.Array:
-        found = _largest(scaled, lambda kept: jnp.sum(kept, -1) >= how.top_k)
-        return jnp.where((how.top_k > 0) & (how.top_k < scaled.shape[1]), found, bottom)
+    def from_all() -> jax.Array:
+        return jnp.where(stays(among, how, logits.shape[1])[0], among.scaled, -jnp.inf)
 
-    floor = jax.lax.cond(jnp.any(how.top_k > 0), kth, lambda: bottom)
+    if not _large(logits):
+        return from_all()
+    few = likeliest(logits, how)
+    kept, proven = stays(few, how, logits.shape[1])
 
-    def nucleus() -> jax.Array:
-        mass = jax.nn.softmax(jnp.where(scaled >= floor[:, None], scaled, -jnp.inf), -1)
-        found = _largest(scaled, lambda kept: jnp.sum(jnp.where(kept, mass, 0.0), -1) >= how.top_p)
-        return jnp.where(how.top_p < 1, jnp.maximum(found, floor), floor)
+    def from_few() -> jax.Array:
+        lowest = jnp.min(jnp.where(kept, few.scaled, jnp.inf), -1, keepdims=True)
+        return jnp.where(among.scaled >= lowest, among.scaled, -jnp.inf)
 
-    floor = jax.lax.cond(jnp.any(how.top_p < 1), nucleus, lambda: floor)
-    below = scaled - jnp.max(scaled, -1, keepdims=True)  # exact near the top, unlike a sum with the top
-    stays = (scaled >= floor[:, None]) & (below >= jnp.log(how.min_p)[:, None])
-    return jnp.where(stays, scaled, -jnp.inf)
+    return jax.lax.cond(jnp.all(proven), from_few, from_all)
 
 
 def logprobs(logits: Float[Array, "rows vocab"], tokens: Int[Array, " rows"]) -> Float[Array, " rows"]:
@@ -106,34 +99,42 @@ def top_logprobs(
     return values - jax.nn.logsumexp(logits, -1, keepdims=True), ids.astype(jnp.int32)
 
 
-def _gumbel(seed: jax.Array, position: jax.Array, vocab: int) -> Float[Array, "rows vocab"]:
-    def row(seed: jax.Array, position: jax.Array) -> jax.Array:
-        return jax.random.gumbel(jax.random.fold_in(jax.random.key(seed), position), (vocab,), jnp.float32)
-
-    return jax.vmap(row)(seed, position)
+def _large(logits: Float[Array, "rows vocab"]) -> bool:
+    return logits.shape[1] > 2 * BLOCK * BLOCKS
 
 
-def _largest(
-    x: Float[Array, "rows vocab"], enough: Callable[[Bool[Array, "rows vocab"]], Bool[Array, " rows"]]
-) -> Float[Array, " rows"]:
-    """Return per row the largest value t of x for which ``enough(x >= t)``; the smallest where there is none."""
-    bits = _ordered(x)
-    low, high = jnp.min(bits, -1), jnp.max(bits, -1)
+def gumbel(
+    seed: UInt32[Array, " rows"],
+    position: Int[Array, " rows"],
+    ids: Int[Array, "rows some"],
+    stream: Int[Array, " rows"] | None = None,
+) -> Float[Array, "rows some"]:
+    """Return the Gumbel noise of some tokens of each row: what `jax.random.gumbel` gives them in a row of any length.
 
-    def halve(_: Any, bounds: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        low, high = bounds
-        middle = (low >> 1) + (high >> 1) + ((low | high) & 1)  # the upper middle, without overflow
-        good = enough(bits >= middle[:, None])
-        return jnp.where(good, middle, low), jnp.where(good, high, jnp.maximum(middle - 1, low))
+    Threefry is counter-based, so that the noise of a few tokens needs no more than these few. A stream other than 0 is
+    independent of the noise that `sample` uses.
+    """
 
-    low, _ = jax.lax.fori_loop(0, 32, halve, (low, high))
-    return jax.lax.bitcast_convert_type(_flip(low), jnp.float32)
+    def row(key: jax.Array, ids: jax.Array) -> jax.Array:
+        places = ids.astype(jnp.uint32)
+        high, low = jnp.split(threefry_2x32(key, jnp.concatenate([jnp.zeros_like(places), places])), 2)
+        fraction = jax.lax.bitcast_convert_type(((high ^ low) >> 9) | jnp.uint32(0x3F800000), jnp.float32) - 1
+        return -jnp.log(-jnp.log(jnp.maximum(fraction, jnp.finfo(jnp.float32).tiny)))
+
+    stream = jnp.zeros(seed.shape, jnp.int32) if stream is None else stream
+    return jax.vmap(row)(_keys(seed, position, stream), ids)
 
 
-def _ordered(x: Float[Array, "rows vocab"]) -> Int[Array, "rows vocab"]:
-    """Map float32 to int32 so that integers compare as the floats do."""
-    return _flip(jax.lax.bitcast_convert_type(x, jnp.int32))
+def uniform(seed: UInt32[Array, " draws"], position: Int[Array, " draws"], stream: int) -> Float[Array, " draws"]:
+    """Return one number in [0, 1) per seed and position, from a stream of its own."""
+    keys = _keys(seed, position, jnp.full(seed.shape, stream, jnp.int32))
+    return jax.vmap(lambda key: jax.random.uniform(jax.random.wrap_key_data(key, impl="threefry2x32")))(keys)
 
 
-def _flip(bits: jax.Array) -> jax.Array:
-    return bits ^ ((bits >> 31) & jnp.int32(0x7FFFFFFF))
+def _keys(seed: jax.Array, position: jax.Array, stream: jax.Array) -> UInt32[Array, "rows 2"]:
+    def row(seed: jax.Array, position: jax.Array, stream: jax.Array) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), position)
+        other = jax.random.fold_in(key, stream)
+        return jnp.where(stream == 0, jax.random.key_data(key), jax.random.key_data(other))
+
+    return jax.vmap(row)(seed, position, stream)

@@ -1,0 +1,122 @@
+"""Gated linear units (Shazeer, arXiv:2002.05202)."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, TypeAlias
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from dovetail_kernels._dtypes import exact
+from dovetail_kernels.operation import Implementation, Operation, Wanted
+from dovetail_kernels.seam import einsum
+from dovetail_protocols import QuantizedArray
+
+__all__ = ["GATED_LINEAR_UNIT", "Activation", "gated_linear_unit"]
+
+Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "identity", "clamped"]
+"""What is applied to the gate; "gelu" is the exact one. "clamped" is the unit of gpt-oss: with the gate at most 7 and
+the other factor within 7, ``gate * sigmoid(1.702 gate) * (up + 1)``."""
+
+_ALPHA, _LIMIT = 1.702, 7.0
+_FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu": functools.partial(jax.nn.gelu, approximate=False),
+    "gelu_tanh": functools.partial(jax.nn.gelu, approximate=True),
+    "relu": jax.nn.relu,
+    "relu2": lambda gate: jnp.square(jax.nn.relu(gate)),
+    "sigmoid": jax.nn.sigmoid,
+    "identity": lambda gate: gate,
+}
+
+
+def gated_linear_unit(
+    x: Float[Array, "*tokens features"],
+    gate: Float[Array, "features hidden"] | Float[Array, "features 2 hidden"] | QuantizedArray,
+    up: Float[Array, "features hidden"] | QuantizedArray | None = None,
+    *,
+    activation: Activation = "silu",
+    gate_bias: Float[Array, " hidden"] | Float[Array, "2 hidden"] | None = None,
+    up_bias: Float[Array, " hidden"] | None = None,
+    implementation: Wanted = None,
+) -> Float[Array, "*tokens hidden"]:
+    """Return ``activation(x gate + gate_bias) * (x up + up_bias)``.
+
+    The products are taken tokens-major, as matrices, which keeps weight gradients free of transposes. The activation
+    and the product are computed in float32 (float64 for float64).
+
+    Args:
+        x: any leading axes.
+        gate: its weight, or without `up` both as ``[features, 2, hidden]``, the gate's first.
+        up: weight of the other factor.
+        activation: see `Activation`.
+        gate_bias: of the gate, or without `up` both as ``[2, hidden]``.
+        up_bias: of the other factor.
+        implementation: a name, an own implementation, or several in order; None chooses.
+
+    Raises:
+        ValueError: shapes that do not fit, an unknown activation or implementation.
+        TypeError: `x` is not a float.
+
+    >>> x, gate, up = jnp.array([[1.0, 2.0]]), jnp.array([[3.0], [-1.0]]), jnp.array([[0.5], [2.0]])
+    >>> gated_linear_unit(x, gate, up, activation="relu2")
+    Array([[4.5]], dtype=float32)
+    """
+    _check(x, gate, up, activation, gate_bias, up_bias)
+    tokens = x.shape[:-1]
+    flat = x.reshape(-1, x.shape[-1]) if x.ndim != 2 else x
+    out = GATED_LINEAR_UNIT(
+        implementation, x=flat, gate=gate, up=up, activation=activation, gate_bias=gate_bias, up_bias=up_bias
+    )
+    return out.reshape(*tokens, out.shape[-1])
+
+
+def _check(x: Any, gate: Any, up: Any, activation: str, gate_bias: Any, up_bias: Any) -> None:
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x has dtype {x.dtype}; expected a float")
+    if activation != "clamped" and activation not in _FUNCTIONS:
+        raise ValueError(f"activation={activation!r}; expected one of {[*_FUNCTIONS, 'clamped']}")
+    if not x.ndim:
+        raise ValueError("x has shape (); expected [*tokens, features]")
+    features, hidden = x.shape[-1], gate.shape[-1] if gate.ndim else 0
+    expected = (features, 2, hidden) if up is None else (features, hidden)
+    form = "both weights as [features, 2, hidden]" if up is None else "[features, hidden] each"
+    if gate.shape != expected or (up is not None and up.shape != expected):
+        other = "" if up is None else f", up {up.shape}"
+        raise ValueError(f"gate {gate.shape}{other}; x {x.shape} needs {expected}, {form}")
+    if up is None and up_bias is not None:
+        raise ValueError("up_bias without up; expected gate_bias of shape [2, hidden] for both")
+    for name, bias, shape in (("gate_bias", gate_bias, expected[1:]), ("up_bias", up_bias, expected[1:])):
+        if bias is not None and bias.shape != shape:
+            raise ValueError(f"{name} has shape {bias.shape}; expected {shape}")
+
+
+def _reference(
+    *, x: jax.Array, gate: Any, up: Any, activation: str, gate_bias: jax.Array | None, up_bias: jax.Array | None
+) -> jax.Array:
+    if up is None:
+        both = _plus(einsum("td,dgf->tgf", x, gate), gate_bias)
+        a, b = both[:, 0], both[:, 1]
+    else:
+        a, b = _plus(einsum("td,df->tf", x, gate), gate_bias), _plus(einsum("td,df->tf", x, up), up_bias)
+    wide = exact(x.dtype)
+    a, b = a.astype(wide), b.astype(wide)
+    if activation == "clamped":
+        a = jnp.minimum(a, _LIMIT)
+        out = a * jax.nn.sigmoid(_ALPHA * a) * (jnp.clip(b, -_LIMIT, _LIMIT) + 1)
+    else:
+        out = _FUNCTIONS[activation](a) * b
+    return out.astype(x.dtype)
+
+
+def _plus(y: jax.Array, bias: jax.Array | None) -> jax.Array:
+    return y if bias is None else y + bias.astype(y.dtype)
+
+
+GATED_LINEAR_UNIT = Operation(
+    "gated_linear_unit",
+    (Implementation("reference", _reference),),
+    accumulation="float32 (float64 for float64)",
+    error="that of the products; 1e-6 of the largest value in float32, 1e-2 in bfloat16",
+)
