@@ -312,7 +312,7 @@ OPTIONS = {"sum": CrossEntropyOptions(z_loss=0.01), "per token": CrossEntropyOpt
 
 def total(hidden: jax.Array, weight: jax.Array, targets: jax.Array, options: CrossEntropyOptions) -> jax.Array:
     loss = linear_cross_entropy(hidden, weight, targets, options=options, implementation=blocks(4, 2))
-    return jnp.sum(jnp.sin(loss / 9))
+    return jnp.sum(loss * (targets + 1).astype(jnp.float32)) if options.per_token else -2.5 * loss
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -326,26 +326,21 @@ def test_composes(options: CrossEntropyOptions) -> None:
         parts = (hidden.reshape(4, 8, -1), weight, targets.reshape(4, 8))
         return jnp.sum(jax.vmap(own, in_axes=(0, None, 0))(*parts))
 
-    def looped(hidden: jax.Array, weight: jax.Array, targets: jax.Array) -> jax.Array:
-        return sum(own(hidden[i : i + 8], weight, targets[i : i + 8]) for i in range(0, 32, 8))
-
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows, whole = PartitionSpec("data"), PartitionSpec()
     placed = [jax.device_put(a, NamedSharding(mesh, s)) for a, s in zip(operands, (rows, whole, rows), strict=True)]
-    whole_gradient, part_gradient = (jax.grad(f, argnums=(0, 1)) for f in (own, looped))
-    mapped = jax.shard_map(
-        jax.grad(own, argnums=(0, 1)), mesh=mesh, in_specs=(rows, whole, rows), out_specs=(rows, whole)
-    )
-    plain, parts = jax.jit(whole_gradient)(*operands), jax.jit(part_gradient)(*operands)
+    gradient = jax.grad(own, argnums=(0, 1))
+    mapped = jax.shard_map(gradient, mesh=mesh, in_specs=(rows, whole, rows), out_specs=(rows, whole))
+    plain = jax.jit(gradient)(*operands)
     others = {
-        "remat": (plain, jax.jit(jax.grad(jax.checkpoint(own), argnums=(0, 1)))(*operands)),
-        "partitioner": (plain, jax.jit(whole_gradient)(*placed)),
-        "shard_map": (parts, jax.jit(mapped)(*operands)),
-        "vmap": (parts, jax.jit(jax.grad(split, argnums=(0, 1)))(*operands)),
+        "remat": jax.jit(jax.grad(jax.checkpoint(own), argnums=(0, 1)))(*operands),
+        "partitioner": jax.jit(gradient)(*placed),
+        "shard_map": jax.jit(mapped)(*operands),
+        "vmap": jax.jit(jax.grad(split, argnums=(0, 1)))(*operands),
     }
-    for name, (expected, other) in others.items():
-        for a, b in zip(expected, other, strict=True):
-            np.testing.assert_allclose(a, b, atol=1e-5, err_msg=name)
+    for name, other in others.items():
+        for a, b in zip(plain, other, strict=True):
+            np.testing.assert_allclose(a, b, atol=1e-4, err_msg=name)
 
 
 VOCABULARIES = {
@@ -355,8 +350,9 @@ VOCABULARIES = {
 }
 
 
-@pytest.mark.parametrize("data", [1, 2], ids=["4 devices", "2 x 4 devices"])
-@pytest.mark.parametrize("options", VOCABULARIES.values(), ids=VOCABULARIES)
+@pytest.mark.parametrize(
+    ("options", "data"), list(zip(VOCABULARIES.values(), (1, 2, 1), strict=True)), ids=VOCABULARIES
+)
 def test_sharded_vocabulary(options: CrossEntropyOptions, data: int) -> None:
     """Tensor parallelism: each device holds a quarter of the vocabulary; loss and gradients are those of the whole."""
     x = make(Case(24, 20, bias=True))
@@ -385,7 +381,7 @@ def test_sharded_vocabulary(options: CrossEntropyOptions, data: int) -> None:
     got = jax.jit(jax.shard_map(sharded, mesh=mesh, in_specs=specs, out_specs=(PartitionSpec(), specs[:3])))(
         hidden, weight, bias, targets, weights
     )
-    expected = jax.value_and_grad(functools.partial(loss, axis=None), argnums=(0, 1, 2))(
+    expected = jax.jit(jax.value_and_grad(functools.partial(loss, axis=None), argnums=(0, 1, 2)))(
         hidden, weight, bias, targets, weights
     )
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
@@ -470,7 +466,7 @@ def test_devices_share_the_chunks() -> None:
 def test_reference_has_every_derivative() -> None:
     """Curvature goes through the reference; blocked refuses forward mode rather than being wrong."""
     x = make(Case(3, 5))
-    hidden, weight, targets = (jnp.asarray(x[k], d) for k, d in (("hidden", "float32"), ("weight", "float32"), ("targets", "int32")))  # fmt: skip
+    hidden, weight, targets = (jnp.asarray(x[name]) for name in ("hidden", "weight", "targets"))
     reference = functools.partial(linear_cross_entropy, implementation="reference")
     p = jax.nn.softmax(hidden @ weight)
     expected = jnp.einsum("tv,dv,ev->tde", p, weight, weight) - jnp.einsum("td,te->tde", p @ weight.T, p @ weight.T)
