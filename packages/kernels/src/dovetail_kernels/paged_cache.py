@@ -54,7 +54,7 @@ def update_pages(
     """Write tokens to their places; a quantized pool rounds them with a scale of their own.
 
     Under ``jit`` with the pool donated it is changed in place. A token whose page or slot is negative or does not exist
-    is dropped: that is how padding is written. No two tokens may have the same place.
+    is dropped: that is how padding is written. Of tokens for the same place any one stays.
 
     Args:
         pages: the pool.
