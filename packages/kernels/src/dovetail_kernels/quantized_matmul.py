@@ -24,7 +24,7 @@ __all__ = ["QUANTIZED_MATMUL", "QuantizedActivations", "quantized_matmul"]
 QuantizedActivations: TypeAlias = Literal["int8"] | None
 """How activations are rounded before the product; None leaves them as they are."""
 
-ROWS = 512
+ROWS = 256
 LEAST_ROWS = 4
 
 
@@ -114,6 +114,12 @@ def _rounded(x: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return whole numbers from -127 to 127, and what one of them stands for in each row."""
     unit = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 127
     return jnp.round(x / jnp.where(unit > 0, unit, 1)), unit
+
+
+def _supports(call: Call) -> Literal[True] | str:
+    if call.platform == "cpu" or call.arguments["activations"] is not None:
+        return True
+    return f"needs platform cpu, not {call.platform}, unless activations are int8"
 
 
 def _configs(call: Call) -> Iterator[dict[str, int]]:
@@ -234,7 +240,7 @@ QUANTIZED_MATMUL = Operation(
     "quantized_matmul",
     (
         Implementation(
-            "blocked", _blocked, configs=_configs, gradient="first order, reverse mode with int8 activations"
+            "blocked", _blocked, _supports, configs=_configs, gradient="first order, reverse mode with int8 activations"
         ),
         Implementation("reference", _reference),
     ),

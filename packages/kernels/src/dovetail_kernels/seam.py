@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dovetail_kernels.quantized_matmul import quantized_matmul
 from dovetail_protocols import QuantizedArray
 
 __all__ = ["einsum", "take"]
@@ -23,7 +24,8 @@ def einsum(spec: str, x: jax.Array, w: jax.Array | QuantizedArray) -> jax.Array:
     Args:
         spec: an explicit einsum specification of two operands, such as ``"td,df->tf"``.
         x: activations.
-        w: a weight, possibly quantized (then it is dequantized to the dtype of `x`).
+        w: a weight, possibly quantized: then it is dequantized to the dtype of `x`, block by block where
+            `quantized_matmul` can.
 
     Raises:
         ValueError: `spec` does not name two operands and a result, or the shapes do not fit it.
@@ -35,7 +37,19 @@ def einsum(spec: str, x: jax.Array, w: jax.Array | QuantizedArray) -> jax.Array:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x has dtype {x.dtype}; expected a float")
     _check(spec, x.shape, w.shape)
+    if isinstance(w, QuantizedArray) and _is_matmul(spec, x, w):
+        return quantized_matmul(x, w)
     return jnp.einsum(spec, x, _plain(w).astype(x.dtype))
+
+
+def _is_matmul(spec: str, x: jax.Array, w: QuantizedArray) -> bool:
+    """Whether this is ``x @ w`` in float32, of operands that no mesh axis divides explicitly."""
+    operands, _, result = spec.replace(" ", "").partition("->")
+    left, right = operands.split(",")
+    if len(right) != 2 or left[-1:] != right[0] or result != left[:-1] + right[1] or len(set(result)) != len(result):
+        return False
+    whole = all(not any(jax.typeof(part).sharding.spec) for part in (x, w.qvalue, w.scale))
+    return whole and right[0] not in result and x.dtype == w.dtype == jnp.float32
 
 
 def _check(spec: str, *shapes: tuple[int, ...]) -> None:
