@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dovetail_kernels import gather_pages, update_pages
+
 __all__ = ["Cache", "DecodeMixer", "PrefillMixer"]
 
 Cache = tuple[tuple[Any, Any], ...]
@@ -79,9 +81,7 @@ class PrefillMixer(_Mixer):
         weights = jax.nn.softmax(jnp.where(seen, logits, _HIDDEN), -1).astype(query.dtype)
         mixed = jnp.einsum("kgts,ksd->tkgd", weights, near_v.astype(query.dtype))
         slots = self.positions % keys.shape[2]
-        written = tuple(
-            pool.at[self.pages, :, slots].set(x.astype(pool.dtype)) for pool, x in ((keys, key), (values, value))
-        )
+        written = tuple(update_pages(pool, x, self.pages, slots) for pool, x in ((keys, key), (values, value)))
         cache = (*self.cache[:layer], written, *self.cache[layer + 1 :])
         return mixed.reshape(*query.shape[:2], -1), dataclasses.replace(self, cache=cache)
 
@@ -92,11 +92,9 @@ class PrefillMixer(_Mixer):
         return seen if window is None else seen & (distance < window)
 
     def _held(self, pool: jax.Array) -> Float[Array, "kv_heads places dim"]:
-        """Return the first sequence's cached positions; what its pages hold beyond them may be NaN and becomes 0."""
-        pages = pool[self.context]
-        count, heads, size, dim = pages.shape
-        own = jnp.arange(count * size, dtype=jnp.int32) < self.positions[0]
-        return jnp.where(own[:, None], pages.transpose(1, 0, 2, 3).reshape(heads, count * size, dim), 0)
+        """Return the first sequence's cached positions, and 0 beyond them."""
+        assert self.context is not None
+        return gather_pages(pool, self.context[None], self.positions[:1])[0]
 
     def _before(self, window: int | None) -> jax.Array:
         """Return which token sees which cached position of the first sequence."""
@@ -125,17 +123,10 @@ class DecodeMixer(_Mixer):
 
     @classmethod
     def load(cls, cache: Cache, pages: Int[Array, "rows pages"], lengths: Int[Array, " rows"], steps: int) -> Any:
-        """Copy the pages of all rows, with room for `steps` tokens after them.
-
-        What a page holds beyond its row's tokens is another request's and may be NaN; it becomes 0.
-        """
+        """Copy the pages of all rows, with room for `steps` tokens after them; 0 beyond a row's tokens."""
 
         def gather(pool: jax.Array) -> jax.Array:
-            rows, count = pages.shape
-            _, heads, size, dim = pool.shape
-            held = pool[pages].transpose(0, 2, 1, 3, 4).reshape(rows, heads, count * size, dim)
-            own = jnp.arange(count * size, dtype=jnp.int32) < lengths[:, None]
-            return jnp.pad(jnp.where(own[:, None, :, None], held, 0), ((0, 0), (0, 0), (0, steps), (0, 0)))
+            return jnp.pad(gather_pages(pool, pages, lengths), ((0, 0), (0, 0), (0, steps), (0, 0)))
 
         return cls(tuple((gather(k), gather(v)) for k, v in cache), lengths, jnp.int32(0), steps)
 
@@ -145,7 +136,8 @@ class DecodeMixer(_Mixer):
 
         def scatter(pool: jax.Array, work: jax.Array) -> jax.Array:
             new = work[:, :, -self.steps :].transpose(0, 2, 1, 3)  # [rows, steps, kv_heads, dim]
-            return pool.at[pages, :, places % pool.shape[2]].set(new.astype(pool.dtype))
+            new = new.reshape(-1, *new.shape[2:])
+            return update_pages(pool, new, pages.reshape(-1), (places % pool.shape[2]).reshape(-1))
 
         return tuple(
             (scatter(k, new_k), scatter(v, new_v)) for (k, v), (new_k, new_v) in zip(cache, self.work, strict=True)
