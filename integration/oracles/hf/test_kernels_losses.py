@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from transformers.models.clip.modeling_clip import clip_loss
+from transformers.models.clip.modeling_clip import image_text_contrastive_loss
 
 from dovetail_kernels import (
     CrossEntropyOptions,
@@ -135,4 +135,4 @@ def test_contrastive():
     def own(texts, images, scale):
         return contrastive_loss(texts, images, scale=scale, implementation=SMALL) / ROWS
 
-    both(own, lambda texts, images, scale: clip_loss(texts @ images.T * scale), inputs)
+    both(own, lambda texts, images, scale: image_text_contrastive_loss(texts @ images.T * scale), inputs)

@@ -359,7 +359,8 @@ def test_sharded_vocabulary(options: CrossEntropyOptions, data: int) -> None:
     hidden, weight, bias = (jnp.asarray(x[k], jnp.float32) for k in ("hidden", "weight", "bias"))
     targets = jnp.asarray(x["targets"])
     weights = jnp.asarray(np.random.default_rng(1).choice([0.0, 1.0, 2.5], 24), jnp.float32)
-    mesh = jax.make_mesh((data, 4), ("data", "model"), devices=jax.devices()[: 4 * data])
+    auto = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((data, 4), ("data", "model"), axis_types=auto, devices=jax.devices()[: 4 * data])
     specs = (PartitionSpec("data"), PartitionSpec(None, "model"), PartitionSpec("model"), *[PartitionSpec("data")] * 2)
 
     def loss(hidden: Any, weight: Any, bias: Any, targets: Any, weights: Any, axis: str | None) -> jax.Array:

@@ -276,7 +276,8 @@ def test_composes(per_token: bool) -> None:
     def batched(hidden: jax.Array, weight: jax.Array, teacher: jax.Array) -> jax.Array:
         return jnp.sum(jax.vmap(own, (0, None, 0))(hidden.reshape(4, 4, -1), weight, teacher.reshape(4, 4, -1)))
 
-    mesh, rows, whole = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4]), jax.P("data"), jax.P()
+    mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:4])
+    rows, whole = jax.P("data"), jax.P()
     mapped = jax.shard_map(gradient, mesh=mesh, in_specs=(rows, whole, rows), out_specs=(rows, whole))
     others = (
         jax.jit(jax.grad(jax.checkpoint(own), argnums=(0, 1)))(*x),

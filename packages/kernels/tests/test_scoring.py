@@ -166,7 +166,7 @@ def test_composes() -> None:
         return jnp.sum(jax.vmap(objective, (0, None, 0))(hidden.reshape(4, 8, -1), weight, ids.reshape(4, 8)))
 
     mapped = jax.jit(jax.grad(batched, argnums=(0, 1)))(*x)
-    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     rows, vocab = jax.P("data"), jax.P(None, "model")
     own = jax.grad(functools.partial(objective, axis="model"), argnums=(0, 1))
     sharded = jax.jit(jax.shard_map(own, mesh=mesh, in_specs=(rows, vocab, rows), out_specs=(rows, vocab)))(*x)
