@@ -31,20 +31,20 @@ class Runs(NamedTuple):
     Attributes:
         valid: False for padding.
         starts: where the state is reset: another segment than the last token's that was not padding.
-        index: resets so far; 0 is the segment that the initial state belongs to.
+        number: resets so far; 0 is the segment that the initial state belongs to.
     """
 
     valid: jax.Array
     starts: jax.Array
-    index: jax.Array
+    number: jax.Array
 
 
-def runs(segment_ids: jax.Array | None, shape: tuple[int, int]) -> Runs | None:
+def runs(segment_ids: jax.Array | None) -> Runs | None:
     """Return where segments start; None is one segment without padding."""
-    if segment_ids is None or 0 in shape:
+    if segment_ids is None:
         return None
     valid = segment_ids != 0
-    places = jnp.where(valid, jnp.arange(shape[1], dtype=jnp.int32), -1)
+    places = jnp.where(valid, jnp.arange(segment_ids.shape[1], dtype=jnp.int32), -1)
     before = jnp.pad(jax.lax.cummax(places, axis=1)[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
     previous = jnp.take_along_axis(segment_ids, jnp.maximum(before, 0), axis=1)
     starts = valid & (before >= 0) & (previous != segment_ids)

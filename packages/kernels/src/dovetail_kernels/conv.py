@@ -131,7 +131,7 @@ def _reference(
     state: jax.Array,
     segment_ids: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    segments = _recurrent.runs(segment_ids, x.shape[:2])
+    segments = _recurrent.runs(segment_ids)
     if segments is None:
         out, after = _convolve(x, weight, state, None)
         return _finish(out, bias, activation).astype(x.dtype), after
@@ -139,8 +139,8 @@ def _reference(
     tokens = count[:, -1:]
     place = jnp.where(segments.valid, count, tokens + jnp.cumsum(~segments.valid, axis=1, dtype=jnp.int32)) - 1
     order = jnp.argsort(place, axis=1)[..., None]
-    front, index = (jnp.take_along_axis(part, order, axis=1) for part in (x, segments.index[..., None]))
-    front = jnp.where(jnp.arange(x.shape[1])[:, None] < tokens[..., None], front, 0)
+    front, index = (jnp.take_along_axis(part, order, axis=1) for part in (x, segments.number[..., None]))
+    front = jnp.where(jnp.arange(x.shape[1], dtype=jnp.int32)[:, None] < tokens[..., None], front, 0)
     out, _ = _convolve(front, weight, state, index)
     out = _finish(jnp.take_along_axis(out, place[..., None], axis=1), bias, activation)
     after = _last(jnp.concatenate([state, front], axis=1), index, tokens, state.shape[1])
@@ -168,7 +168,7 @@ def _last(every: jax.Array, index: jax.Array, tokens: jax.Array, before: int) ->
     if not before:
         return every[:, :0]
     runs = jnp.pad(index, ((0, 0), (before, 0), (0, 0)))
-    places = (tokens + jnp.arange(before))[..., None]
+    places = (tokens + jnp.arange(before, dtype=jnp.int32))[..., None]
     last = jnp.take_along_axis(runs, (tokens + before - 1)[..., None], axis=1)
     kept = jnp.take_along_axis(runs, places, axis=1) == last
     return jnp.where(kept, jnp.take_along_axis(every, places, axis=1), 0)

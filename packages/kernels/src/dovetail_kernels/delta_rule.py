@@ -157,7 +157,7 @@ def _reference(
     state: jax.Array,
     segment_ids: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    segments = _recurrent.runs(segment_ids, value.shape[:2])
+    segments = _recurrent.runs(segment_ids)
     operands = _recurrent.without_padding(segments, query, key, value, log_decay, beta)
     *tokens, state = alike(*(x.astype(state.dtype) for x in operands), state)
     starts = None if segments is None else segments.starts
@@ -199,13 +199,13 @@ def _blocked(
     """
     (batch, time, heads, _), groups = value.shape, query.shape[2]
     chunk, group = min(chunk, time), heads // groups
-    segments = _recurrent.runs(segment_ids, (batch, time))
+    segments = _recurrent.runs(segment_ids)
     operands = _recurrent.without_padding(segments, query, key, value, log_decay, beta)
     q, k, v, g, beta, state = alike(*(x.astype(state.dtype) for x in operands), state)
     q, k = (_recurrent.fold(x, chunk).swapaxes(2, 3) for x in (q * scale, k))
     v = _recurrent.fold(v, chunk).reshape(batch, -1, chunk, groups, group, v.shape[-1]).transpose(0, 1, 3, 4, 2, 5)
     beta = _recurrent.fold(beta, chunk).swapaxes(2, 3).reshape(*v.shape[:-1], 1)
-    index = None if segments is None else _recurrent.fold_index(segments.index, chunk)
+    index = None if segments is None else _recurrent.fold_index(segments.number, chunk)
     decay = jax.tree.map(
         lambda x: x.reshape(*x.shape[:2], groups, group, *x.shape[3:]),
         _recurrent.decays(_recurrent.fold(g, chunk).swapaxes(2, 3), index),

@@ -153,7 +153,7 @@ def _reference(
     segment_ids: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
     wide = state.dtype
-    segments = _recurrent.runs(segment_ids, x.shape[:2])
+    segments = _recurrent.runs(segment_ids)
     operands = _recurrent.without_padding(segments, x, dt, b, c)
     x, dt, b, c, a, state = alike(*(part.astype(wide) for part in operands), a.astype(wide), state)
     starts = None if segments is None else segments.starts
@@ -194,11 +194,11 @@ def _blocked(
     """Chunks in the second axis, then groups, heads of a group, and tokens of a chunk: ``[b, n, g, h, i, ...]``."""
     wide, (batch, time, heads, dim), (groups, size) = state.dtype, x.shape, b.shape[2:]
     chunk, group = min(chunk, time), heads // groups
-    segments = _recurrent.runs(segment_ids, (batch, time))
+    segments = _recurrent.runs(segment_ids)
     operands = _recurrent.without_padding(segments, x, dt, b, c)
     x, dt, b, c, a, state = alike(*(part.astype(wide) for part in operands), a.astype(wide), state)
     steps = _recurrent.fold(dt, chunk).swapaxes(2, 3)
-    index = None if segments is None else _recurrent.fold_index(segments.index, chunk)
+    index = None if segments is None else _recurrent.fold_index(segments.number, chunk)
     decay = jax.tree.map(
         lambda part: part.reshape(*part.shape[:2], groups, group, *part.shape[3:]),
         _recurrent.decays(steps * a[:, None], index),
