@@ -7,9 +7,13 @@ MODULES = (
     "attention",
     "cross_entropy",
     "delta_rule",
+    "embedding",
+    "glu",
+    "norm",
     "paged_attention",
     "quantized_matmul",
     "ragged_dot",
+    "sampling",
     "ssd",
     "triangle",
 )

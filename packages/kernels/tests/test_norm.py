@@ -1,11 +1,11 @@
-"""RMS normalisation against float64 NumPy."""
+"""Normalisations against float64 NumPy."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dovetail_kernels import rms_norm
+from dovetail_kernels import group_norm, layer_norm, rms_norm
 
 
 @pytest.mark.parametrize("shape", [(5,), (3, 1), (2, 3, 7), (0, 4)])
@@ -49,6 +49,71 @@ def test_zeros_are_finite() -> None:
     assert np.isfinite(gradient).all()
 
 
+@pytest.mark.parametrize("centred", [False, True])
+@pytest.mark.parametrize("axis", [-1, 0, 1])
+def test_every_option(centred: bool, axis: int) -> None:
+    """Residual, offset of the weight, bias and axis, with the gradients of all operands by hand."""
+    rng = np.random.default_rng(1)
+    x, residual, dy, ds = (rng.standard_normal((3, 5, 4)) for _ in range(4))
+    weight, bias = rng.standard_normal((2, x.shape[axis]))
+    total = np.moveaxis(x + residual, axis, -1)
+    cotangent = np.moveaxis(dy, axis, -1)
+    mean = total.mean(-1, keepdims=True) * centred
+    root = np.sqrt(((total - mean) ** 2).mean(-1, keepdims=True) + 1e-2)
+    normed, scaled = (total - mean) / root, cotangent * (weight + 1)
+    dx = scaled - (scaled * normed).mean(-1, keepdims=True) * normed - scaled.mean(-1, keepdims=True) * centred
+    expected = {
+        "out": np.moveaxis(normed * (weight + 1) + bias, -1, axis),
+        "sum": x + residual,
+        "dx": np.moveaxis(dx / root, -1, axis) + ds,
+        "dweight": (cotangent * normed).reshape(-1, len(weight)).sum(0),
+        "dbias": cotangent.reshape(-1, len(weight)).sum(0),
+    }
+    function = layer_norm if centred else rms_norm
+
+    @jax.jit
+    def run(
+        x: jax.Array, residual: jax.Array, weight: jax.Array, bias: jax.Array, *cotangents: jax.Array
+    ) -> list[jax.Array]:
+        def call(x: jax.Array, r: jax.Array, w: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+            return function(x, w, bias=b, residual=r, axis=axis, weight_offset=1.0, eps=1e-2)
+
+        (out, total), pull = jax.vjp(call, x, residual, weight, bias)
+        dx, dr, dw, db = pull(cotangents)
+        return [out, total, dx, dw, db, dr]
+
+    got = run(*(jnp.asarray(a, jnp.float32) for a in (x, residual, weight, bias, dy, ds)))
+    for value, (name, want) in zip(got, expected.items(), strict=False):
+        np.testing.assert_allclose(value, want, atol=2e-5, err_msg=name)
+    np.testing.assert_array_equal(got[5], got[2])
+
+
+def test_the_residual_sum_is_rounded_once() -> None:
+    """The norm sees the sum in float32, and the stream of residuals gets it in its own dtype."""
+    x, residual = jnp.full((1, 4), 256.0, jnp.bfloat16), jnp.asarray([[1.0, 0.0, -1.0, 0.0]], jnp.bfloat16)
+    normed, total = layer_norm(x, residual=residual, eps=0.0)
+    assert normed.dtype == total.dtype == jnp.bfloat16
+    np.testing.assert_allclose(normed.astype(jnp.float32), [[2**0.5, 0, -(2**0.5), 0]], atol=1e-2)
+
+
+def test_groups() -> None:
+    """Groups are of neighbouring features, over all places of one example."""
+    rng = np.random.default_rng(2)
+    x, weight, bias = rng.standard_normal((2, 3, 5, 6)), rng.standard_normal(6), rng.standard_normal(6)
+    expected = np.empty_like(x)
+    for example in range(2):
+        for group in (slice(0, 3), slice(3, 6)):
+            part = x[example, ..., group]
+            expected[example, ..., group] = (part - part.mean()) / np.sqrt(part.var() + 1e-5)
+    got = group_norm(
+        *(jnp.asarray(a, jnp.float32) for a in (x,)),
+        2,
+        jnp.asarray(weight, jnp.float32),
+        jnp.asarray(bias, jnp.float32),
+    )
+    np.testing.assert_allclose(got, expected * weight + bias, atol=1e-5)
+
+
 @pytest.mark.usefixtures("untyped")
 def test_bad_input() -> None:
     """A weight of another size must not be broadcast; integers must not be rounded back."""
@@ -56,5 +121,11 @@ def test_bad_input() -> None:
         rms_norm(jnp.ones((2, 4)), jnp.ones(1))
     with pytest.raises(TypeError, match="int32"):
         rms_norm(jnp.ones((2, 4), jnp.int32))
-    with pytest.raises(ValueError, match=r"shape \(\)"):
+    with pytest.raises(ValueError, match=r"shape \(\) and no axis -1"):
         rms_norm(jnp.float32(1))
+    with pytest.raises(ValueError, match=r"residual has shape \(4,\); expected \(2, 4\)"):
+        layer_norm(jnp.ones((2, 4)), residual=jnp.ones(4))
+    with pytest.raises(ValueError, match=r"bias has shape \(4,\); expected \(2,\)"):
+        layer_norm(jnp.ones((2, 4)), bias=jnp.ones(4), axis=0)
+    with pytest.raises(ValueError, match="groups=3; expected a divisor of the 4 features"):
+        group_norm(jnp.ones((2, 4)), 3)

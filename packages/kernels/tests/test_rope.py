@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 
 from dovetail_kernels import (
+    DynamicScaling,
     LinearScaling,
     Llama3Scaling,
+    LongRopeScaling,
     RopeScaling,
     RopeTable,
     YarnScaling,
     rope,
+    rope_axes,
     rope_frequencies,
     rope_table,
 )
@@ -92,6 +95,61 @@ def test_scalings_with_factor_one_change_nothing() -> None:
         assert factor == 1.0
 
 
+def test_interleaved_is_the_half_layout_of_other_features() -> None:
+    """Checkpoints in the layout of GPT-J: pairs are neighbours."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 2, 8)), jnp.float32)
+    table = rope_table(jnp.arange(5, dtype=jnp.int32), rope_frequencies(8, 100.0)[0])
+    order = np.concatenate([np.arange(0, 8, 2), np.arange(1, 8, 2)])
+    got = rope(x, table, interleaved=True)
+    np.testing.assert_allclose(got[..., order], rope(x[..., order], table), atol=1e-6)
+
+
+def test_partial() -> None:
+    """Features behind the rotated ones pass through; with frequencies of 0 too, but their pairs lie further apart."""
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((5, 2, 8)), jnp.float32)
+    positions = jnp.arange(5, dtype=jnp.int32)
+    table = rope_table(positions, rope_frequencies(4, 100.0)[0])
+    for interleaved in (False, True):
+        got = rope(x, table, rotated=4, interleaved=interleaved)
+        np.testing.assert_array_equal(got[..., 4:], x[..., 4:])
+        np.testing.assert_allclose(got[..., :4], rope(x[..., :4], table, interleaved=interleaved), atol=1e-6)
+    frequencies, _ = rope_frequencies(8, 100.0, rotated=4)
+    np.testing.assert_allclose(frequencies, [1.0, 100.0**-0.25, 0, 0], rtol=1e-6)
+    still = rope(x, rope_table(positions, frequencies))
+    np.testing.assert_array_equal(still[..., [2, 3, 6, 7]], x[..., [2, 3, 6, 7]])
+
+
+def test_several_axes() -> None:
+    """Each frequency reads its axis of the position; text, where all axes agree, is as with one."""
+    frequencies, _ = rope_frequencies(16, 100.0)
+    positions = np.random.default_rng(0).integers(0, 50, (6, 3)).astype(np.int32)
+    for sections, interleaved in (([2, 3, 3], False), ([4, 2, 2], True)):
+        axes = rope_axes(sections, interleaved=interleaved)
+        assert np.bincount(axes).tolist() == sections
+        table = rope_table(jnp.asarray(positions), frequencies, axes=axes)
+        angles = positions[:, axes] * frequencies.astype(np.float64)
+        np.testing.assert_allclose(table.cos, np.cos(angles), atol=1e-5)
+        text = rope_table(jnp.asarray(positions[:, :1].repeat(3, 1)), frequencies, axes=axes)
+        np.testing.assert_array_equal(text.sin, rope_table(jnp.asarray(positions[:, 0]), frequencies).sin)
+    assert rope_axes([3, 3, 2], interleaved=True).tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
+
+
+def test_scalings_that_depend_on_the_length() -> None:
+    """Within the original length nothing is stretched; above it the formulas of both papers hold."""
+    plain, _ = rope_frequencies(8, 10000.0)
+    dynamic = DynamicScaling(2.0, 100)
+    np.testing.assert_array_equal(rope_frequencies(8, 10000.0, dynamic, length=100)[0], plain)
+    theta = 10000.0 * (2.0 * 3 - 1) ** (8 / 6)
+    np.testing.assert_allclose(
+        rope_frequencies(8, 10000.0, dynamic, length=300)[0], rope_frequencies(8, theta)[0], rtol=1e-6
+    )
+    long = LongRopeScaling((1.0, 1.0, 2.0, 4.0), (1.0, 2.0, 4.0, 8.0), 100, factor=4.0)
+    short, factor = rope_frequencies(8, 10000.0, long)
+    np.testing.assert_allclose(short, plain / [1, 1, 2, 4], rtol=1e-6)
+    np.testing.assert_allclose(factor, np.sqrt(1 + np.log(4) / np.log(100)))
+    np.testing.assert_allclose(rope_frequencies(8, 10000.0, long, length=101)[0], plain / [1, 2, 4, 8], rtol=1e-6)
+
+
 @pytest.mark.parametrize(
     ("make", "message"),
     [
@@ -104,6 +162,12 @@ def test_scalings_with_factor_one_change_nothing() -> None:
         (lambda: Llama3Scaling(8.0, 4.0, 4.0, 8192), "high_freq_factor above low_freq_factor"),
         (lambda: Llama3Scaling(8.0, 1.0, 4.0, 0), "original_max_position"),
         (lambda: YarnScaling(-1.0, 4096), "factor"),
+        (lambda: rope_frequencies(8, 100.0, rotated=3), "rotated=3"),
+        (lambda: DynamicScaling(0.0, 10), "factor"),
+        (lambda: LongRopeScaling((1.0,), (1.0, 2.0), 10), "as many short as long"),
+        (lambda: rope_frequencies(8, 100.0, LongRopeScaling((1.0,), (2.0,), 10)), "1 factors.*4 frequencies"),
+        (lambda: rope_axes([]), "sections"),
+        (lambda: rope_table(jnp.zeros((3, 2), jnp.int32), [1.0], axes=[2]), r"axes \[2\]"),
         (lambda: YarnScaling(2.0, 4096, beta_fast=1.0, beta_slow=32.0), "beta_fast above beta_slow"),
         (lambda: YarnScaling(2.0, 4096, attention_factor=0.0), "attention_factor"),
     ],

@@ -63,6 +63,15 @@ def test_take_gradient_is_a_scatter() -> None:
     np.testing.assert_array_equal(gradient, [[0, 0], [2, 2], [1, 1], [0, 0]])
 
 
+def test_take_gradient_of_short_tables() -> None:
+    """A token that comes a thousand times has a gradient of 1,000, not the 256 at which sums of 16 bits stop."""
+    ids = jnp.asarray([0] * 1000 + [2, 9, -1], jnp.int32)
+    run = jax.jit(jax.grad(lambda w: jnp.sum(jnp.where(jnp.arange(1003)[:, None] < 1001, take(w, ids), 0))))
+    gradient = run(jnp.ones((3, 2), jnp.bfloat16))
+    assert gradient.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(gradient.astype(jnp.float32), [[1000, 1000], [0, 0], [1, 1]])
+
+
 @pytest.mark.parametrize(
     ("spec", "x", "w", "message"),
     [

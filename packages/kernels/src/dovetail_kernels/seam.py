@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dovetail_kernels._manual import alike
 from dovetail_kernels.quantized_matmul import quantized_matmul
 from dovetail_protocols import QuantizedArray
 
@@ -73,7 +74,8 @@ def _check(spec: str, *shapes: tuple[int, ...]) -> None:
 def take(w: jax.Array | QuantizedArray, ids: jax.Array) -> jax.Array:
     """Look up rows of a table ``[rows, ...]``; the result has shape ``ids.shape + w.shape[1:]``.
 
-    Ids outside ``[0, rows)`` give rows of NaN rather than another token's row.
+    Ids outside ``[0, rows)`` give rows of NaN rather than another token's row, and no gradient. The gradient of a table
+    of 16 bits is added up in float32.
 
     Args:
         w: the table, possibly quantized (then only the rows that are looked up are dequantized).
@@ -95,7 +97,29 @@ def take(w: jax.Array | QuantizedArray, ids: jax.Array) -> jax.Array:
         ids = ids.astype(jnp.int32)
     if isinstance(w, QuantizedArray):
         return _take_quantized(w, ids)
-    return jnp.take(w, jnp.where(ids < 0, w.shape[0], ids), axis=0, mode="fill")
+    ids = jnp.where(ids < 0, w.shape[0], ids)
+    if jnp.issubdtype(w.dtype, jnp.floating) and w.dtype.itemsize < 4:
+        return _take_short(*alike(w, ids))
+    return jnp.take(w, ids, axis=0, mode="fill")
+
+
+@jax.custom_vjp
+def _take_short(w: jax.Array, ids: jax.Array) -> jax.Array:
+    """Look up rows of 16 bits; their gradients add up in float32, or tokens that come often would lose most of it."""
+    return jnp.take(w, ids, axis=0, mode="fill")
+
+
+def _take_short_forward(w: jax.Array, ids: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return _take_short(w, ids), (w, ids)
+
+
+def _take_short_backward(saved: tuple[jax.Array, jax.Array], cotangent: jax.Array) -> tuple[jax.Array, None]:
+    w, ids = saved
+    total = jnp.zeros_like(w, dtype=jnp.float32).at[ids].add(cotangent.astype(jnp.float32), mode="drop")
+    return total.astype(w.dtype), None
+
+
+_take_short.defvjp(_take_short_forward, _take_short_backward)
 
 
 def _take_quantized(w: QuantizedArray, ids: jax.Array) -> jax.Array:
