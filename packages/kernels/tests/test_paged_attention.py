@@ -313,7 +313,7 @@ def test_gradients_of_the_reference() -> None:
     np.testing.assert_allclose(jnp.sum(gradient * step), slope, rtol=1e-4)
     assert np.isfinite(gradient).all()
     with pytest.raises(ValueError, match=r"[Rr]everse-mode"):
-        jax.grad(functools.partial(total, "blocked"))(query)
+        jax.jit(jax.grad(functools.partial(total, "blocked")))(query)
 
 
 @pytest.mark.parametrize("name", ["decode", "mixed"])

@@ -1,8 +1,8 @@
 """The pages of a cache: making them, writing new tokens, reading rows back; float, or int8 and float8 with scales.
 
 A pool is ``[pages, kv_heads, page_size, dim]``, or ``[pages, page_size, dim]`` where all heads share one key (a
-latent). A quantized pool is a `QuantizedArray` with one scale per token and head. On CPUs prefer int8: there XLA converts a
-whole pool of float8 to read from it.
+latent). A quantized pool is a `QuantizedArray` with one scale per token and head. On CPUs prefer
+int8: there XLA converts a whole pool of float8 to read from it.
 """
 
 from typing import Any, TypeAlias
