@@ -198,7 +198,7 @@ def summed(
     """Return weighted sums of a `RowFunction`'s numbers over the rows; only the first has a gradient."""
     weights = jnp.ones(hidden.shape[:1], exact(hidden.dtype)) if weights is None else weights
     job, hidden, rows, weights = _fitted(job, head, (hidden, rows, weights.astype(exact(hidden.dtype))))
-    hidden, head, rows, fixed = _alike((hidden, head, rows, fixed))
+    hidden, head = _alike((hidden, head), (rows, fixed, weights))
     return _summed(job, hidden, head, rows, fixed, weights)
 
 
@@ -206,7 +206,7 @@ def each(job: Job, hidden: jax.Array, head: Head, rows: Any, fixed: Any) -> tupl
     """Return the numbers of a `RowFunction` for every row; all have gradients."""
     count = hidden.shape[0]
     job, hidden, rows = _fitted(job, head, (hidden, rows))
-    hidden, head, rows, fixed = _alike((hidden, head, rows, fixed))
+    hidden, head = _alike((hidden, head), (rows, fixed))
     return jax.tree.map(lambda x: x[:count], _each(job, hidden, head, rows, fixed))
 
 
@@ -224,9 +224,11 @@ def _fitted(job: Job, head: Head, tree: Any) -> tuple[Any, ...]:
     return job, *(jax.tree.map(pad, tree) if count % size else tree)
 
 
-def _alike(tree: Any) -> Any:
+def _alike(tree: Any, data: Any) -> Any:
+    """Mark what is differentiated as varying as all operands do; data stay, so that a row's numbers vary as they do."""
     leaves, structure = jax.tree.flatten(tree)
-    return jax.tree.unflatten(structure, alike(*leaves))
+    marked = alike(*leaves, *jax.tree.leaves(data))
+    return jax.tree.unflatten(structure, marked[: len(leaves)])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
