@@ -34,6 +34,7 @@ def ours(c: dict[str, Any]) -> Any:
     """The rule in chunks."""
     import jax
     import jax.numpy as jnp
+
     from dovetail_kernels import causal_conv1d, gated_delta_rule
 
     if not c["layer"]:

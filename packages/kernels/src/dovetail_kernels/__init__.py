@@ -23,7 +23,7 @@ from dovetail_kernels.moe import (
     sort_by_expert,
 )
 from dovetail_kernels.norm import group_norm, layer_norm, rms_norm
-from dovetail_kernels.operation import Call, Configured, Decision, Implementation, UnsupportedError, configured
+from dovetail_kernels.operation import Call, Configured, Decision, Implementation, UnsupportedError, Wanted, configured
 from dovetail_kernels.paged_attention import paged_attention, paged_latent_attention
 from dovetail_kernels.paged_cache import empty_pages, gather_pages, page_slots, update_pages
 from dovetail_kernels.penalties import bias_logits, penalize
@@ -80,6 +80,7 @@ __all__ = [
     "TriangleWeights",
     "UnsupportedError",
     "Verified",
+    "Wanted",
     "YarnScaling",
     "attention",
     "bias_logits",

@@ -118,7 +118,7 @@ def rope_frequencies(
 ) -> tuple[Float[np.ndarray, " half"], float]:
     """Return the angular frequencies ``[dim // 2]`` (float32, radians per position) and the factor of the table.
 
-    A model that rotates the first features only has either the frequencies of a smaller head of `dim` features (GPT-NeoX,
+    A model that rotates the first features only has the frequencies of a smaller head of `dim` features (GPT-NeoX,
     Phi, GLM), or those of the whole head, all but the first of them 0: `rotated` ("proportional", Gemma).
 
     Args:

@@ -6,7 +6,7 @@ from typing import Any
 import jax.numpy as jnp
 from flax import nnx
 
-from dovetail_kernels import AttentionImplementation, DenseMixer, linear_cross_entropy
+from dovetail_kernels import DenseMixer, Wanted, linear_cross_entropy
 from dovetail_protocols import LMBatch, LossOutput, Term
 
 __all__ = ["next_token"]
@@ -16,7 +16,7 @@ def next_token(
     definition: Any,
     *,
     auxiliary: Mapping[str, float] | None = None,
-    attention: AttentionImplementation | None = None,
+    attention: Wanted = None,
 ) -> Callable[[Any, LMBatch], LossOutput]:
     """Return the next-token cross-entropy of a language model as ``loss(params, batch)``, in nats.
 
