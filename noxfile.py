@@ -229,7 +229,7 @@ def soak(session: nox.Session) -> None:
     for package in session.posargs or PACKAGES:
         session.run("pytest", f"packages/{package}/tests", "--timeout=3600")
     if not session.posargs:
-        session.run("pytest", "integration/tests", "--timeout=3600")
+        session.run("pytest", "integration/tests", "-m", "not browser", "--timeout=3600")
 
 
 @nox.session(python=NEWEST)
