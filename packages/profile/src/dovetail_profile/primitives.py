@@ -31,6 +31,7 @@ _MOVES = """
     all_gather all_gather_invariant all_to_all broadcast_in_dim concatenate convert_element_type copy copy_p device_put
     empty empty2 iota pad pbroadcast ppermute ragged_all_to_all random_bits random_fold_in random_seed random_split
     random_unwrap random_wrap reduce_precision rev rng_bit_generator rng_uniform split threefry2x32 tile transpose
+    unstack
 """
 _FREE = """
     after_all axis_index bitcast_convert_type create_token expand_dims layout_constraint mesh_cast name num_programs
