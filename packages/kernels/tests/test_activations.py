@@ -61,7 +61,8 @@ def test_values_and_gradients(activation: Any) -> None:
             for place, gradient in enumerate(pull(jnp.asarray(cotangent))):
                 (direction,) = draw(given[place].shape)
                 ends = [
-                    by_hand(*(g + (s * 1e-6 * direction if i == place else 0) for i, g in enumerate(given))) for s in (1, -1)
+                    by_hand(*(g + (s * 1e-6 * direction if i == place else 0) for i, g in enumerate(given)))
+                    for s in (1, -1)
                 ]
                 slope = ((ends[0] - ends[1]) * cotangent).sum() / 2e-6
                 np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-5, atol=1e-6)

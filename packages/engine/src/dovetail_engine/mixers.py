@@ -134,7 +134,7 @@ class DecodeMixer(_Mixer):
         """Return the cache with the new tokens of all rows; `pages` tells the page of each."""
         places = self.lengths[:, None] + jnp.arange(self.steps, dtype=jnp.int32)
 
-        def scatter(pool: jax.Array, work: jax.Array) -> jax.Array:
+        def scatter(pool: Any, work: jax.Array) -> Any:
             new = work[:, :, -self.steps :].transpose(0, 2, 1, 3)  # [rows, steps, kv_heads, dim]
             new = new.reshape(-1, *new.shape[2:])
             return update_pages(pool, new, pages.reshape(-1), (places % pool.shape[2]).reshape(-1))

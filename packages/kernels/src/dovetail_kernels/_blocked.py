@@ -26,11 +26,11 @@ SIDE = 128
 
 
 class Blocks(NamedTuple):
-    """`count` blocks of `rows` query rows from row `start` on."""
+    """`number` blocks of `rows` query rows from row `start` on."""
 
     start: int
     rows: int
-    count: int
+    number: int
 
 
 class How(NamedTuple):
@@ -317,9 +317,9 @@ _attend.defvjp(_forward_rule, _backward_rule)
 
 def _over_blocks(job: Job, blocks: Blocks, block: Callable[..., Any], carry: Any) -> Any:
     """Run ``block(start, keys, carry) -> (carry, rows)`` for every block and join the rows."""
-    starts = [blocks.start + b * blocks.rows for b in range(blocks.count)]
+    starts = [blocks.start + b * blocks.rows for b in range(blocks.number)]
     keys = [job.span(start, blocks.rows) for start in starts]
-    if blocks.count == 1:
+    if blocks.number == 1:
         return block(starts[0], keys[0], carry)
 
     def body(carry: Any, at: Any) -> Any:

@@ -134,7 +134,8 @@ def _pages(key_pages: Any, value_pages: Any, tables: jax.Array, per_chunk: int) 
         parts += (pool.qvalue, pool.scale[..., 0]) if isinstance(pool, QuantizedArray) else (pool, None)
     tables = jnp.clip(tables, 0, key_pages.shape[0] - 1)
     tables = jnp.pad(tables, ((0, 0), (0, -tables.shape[1] % per_chunk)))
-    return Pages(*parts, tables.reshape(len(tables), -1, per_chunk))
+    keys, key_scales, values, value_scales = parts
+    return Pages(keys, key_scales, values, value_scales, tables.reshape(len(tables), -1, per_chunk))
 
 
 def _blocks(rows: Any, tokens: Any, positions: Any, lengths: Any, window: int | None, exists: Any = None) -> Blocks:

@@ -107,10 +107,13 @@ def ulysses_attention(
     )
     if sinks is not None:
         share = query.shape[2] // devices
-        (sinks,) = alike(sinks, query)[:1]
-        sinks = jax.lax.dynamic_slice_in_dim(sinks, jax.lax.axis_index(axis) * share, share)
+        every = alike(sinks, query)[0]
+        sinks = jax.lax.dynamic_slice_in_dim(every, jax.lax.axis_index(axis) * share, share)
+    query, key, value = (to_heads(x) for x in alike(query, key, value))
     out = attention(
-        *(to_heads(x) for x in alike(query, key, value)),
+        query,
+        key,
+        value,
         whole,
         sinks=sinks,
         softcap=softcap,

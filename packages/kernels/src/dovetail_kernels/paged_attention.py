@@ -14,7 +14,7 @@ from dovetail_kernels import _paged
 from dovetail_kernels._dtypes import exact
 from dovetail_kernels.attention import Attended
 from dovetail_kernels.operation import Call, Implementation, Operation, Wanted
-from dovetail_kernels.paged_cache import Pool, _check_scales, gather_pages
+from dovetail_kernels.paged_cache import Pool, check_scales, gather_pages
 from dovetail_protocols import QuantizedArray
 
 __all__ = ["PAGED_ATTENTION", "paged_attention", "paged_latent_attention"]
@@ -144,9 +144,8 @@ def _attend(
     window, sinks, softcap, scale = (options[name] for name in ("window", "sinks", "softcap", "scale"))
     _check_rows(query, tables, lengths, rows, positions)
     _check_options(query, window, sinks, softcap)
-    tables, lengths, rows, positions = (
-        None if x is None else x.astype(jnp.int32) for x in (tables, lengths, rows, positions)
-    )
+    tables, lengths = tables.astype(jnp.int32), lengths.astype(jnp.int32)
+    rows, positions = (None if x is None else x.astype(jnp.int32) for x in (rows, positions))
     if 0 in (*query.shape[:2], *tables.shape, *key_pages.shape[:3]):
         wide = exact(query.dtype)
         out = jnp.zeros((*query.shape[:2], options["value_dim"]), query.dtype)
@@ -179,7 +178,7 @@ def _check(query: jax.Array, keys: Any, values: Any) -> None:
         raise TypeError(f"query has dtype {query.dtype}; expected a float")
     for pages in (keys, values):
         if isinstance(pages, QuantizedArray):
-            _check_scales(pages)
+            check_scales(pages)
         elif pages is not None and not jnp.issubdtype(pages.dtype, jnp.floating):
             raise TypeError(f"pages have dtype {pages.dtype}; expected a float, or a QuantizedArray")
     if query.ndim != 3 or len(keys.shape) != 4 or (values is not None and len(values.shape) != 4):

@@ -79,7 +79,7 @@ def update_pages(
         )
     if not isinstance(pages, QuantizedArray):
         return _written(pages, new, page_ids, slots)
-    _check_scales(pages)
+    check_scales(pages)
     values, scale = _quantized(new, pages.qvalue.dtype)
     return QuantizedArray(
         _written(pages.qvalue, values, page_ids, slots),
@@ -141,7 +141,7 @@ def _gathered(pool: jax.Array, tables: jax.Array, lengths: jax.Array) -> jax.Arr
     return jnp.where(own, held, jnp.zeros((), held.dtype))
 
 
-def _check_scales(pages: QuantizedArray) -> None:
+def check_scales(pages: QuantizedArray) -> None:
     if pages.scale.shape != (*pages.shape[:-1], 1) or pages.zero_point is not None:
         raise ValueError(
             f"scales {pages.scale.shape} of pages {pages.shape}; expected {(*pages.shape[:-1], 1)}, no zero points"
