@@ -185,6 +185,7 @@ def test_other_dtypes(top: int | None, implementation: Any) -> None:
         rows=st.integers(1, 9),
         vocab=st.integers(4, 9),
         temperature=st.floats(0.5, 3),
+        softcap=st.none() | st.floats(0.5, 5.0),
         per_token=st.booleans(),
     ),
     chunk=st.integers(1, 10),
