@@ -133,7 +133,9 @@ def tests(session: nox.Session, package: str) -> None:
         install_lowest(session, package)
     else:
         sync(session, "--package", distribution(package), "--all-extras", "--group=test")
-    session.run("pytest", f"packages/{package}", *session.posargs)
+    tools = project(package)["dependency-groups"]["test"]
+    workers = ["--numprocesses=auto"] if any(line.startswith("pytest-xdist") for line in tools) else []
+    session.run("pytest", f"packages/{package}", *workers, *session.posargs)
 
 
 @nox.session(python=NEWEST, reuse_venv=False)

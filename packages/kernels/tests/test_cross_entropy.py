@@ -177,7 +177,7 @@ def test_bfloat16_over_many_tokens() -> None:
         Case,
         rows=st.integers(1, 12),
         vocab=st.integers(1, 9),
-        features=st.integers(1, 3),
+        features=st.integers(1, 4),
         bias=st.booleans(),
         softcap=st.none() | st.floats(0.5, 30),
         weighted=st.booleans(),

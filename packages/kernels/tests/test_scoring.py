@@ -104,7 +104,14 @@ def test_other_dtypes(implementation: Any) -> None:
 
 @settings(max_examples=5, deadline=None, derandomize=True)
 @given(
-    case=st.builds(Case, st.integers(1, 12), st.integers(1, 9), st.floats(0.2, 5), st.booleans()),
+    case=st.builds(
+        Case,
+        st.integers(1, 12),
+        st.integers(1, 9),
+        st.floats(0.2, 5),
+        st.booleans(),
+        st.one_of(st.none(), st.floats(0.5, 5)),
+    ),
     seed=st.integers(0, 99),
     chunk=st.integers(1, 13),
 )

@@ -8,7 +8,7 @@ their gradients are not known yet, so the backward pass computes the logits of e
 
 import dataclasses
 import functools
-import itertools
+import math
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol
 
@@ -220,7 +220,7 @@ def _fitted(job: Job, head: Head, tree: Any) -> tuple[Any, ...]:
         return jnp.pad(x, [(0, -count % size)] + [(0, 0)] * (x.ndim - 1))
 
     features = head.weight.shape[0]
-    job = job._replace(chunk=size, bands=min(features, job.bands or band_count(features)))
+    job = job._replace(chunk=size, bands=math.gcd(features, job.bands or band_count(features)))
     return job, *(jax.tree.map(pad, tree) if count % size else tree)
 
 
@@ -304,15 +304,15 @@ def _gradients(
 
 def _add_product(job: Job, total: jax.Array, hidden: jax.Array, d_logits: jax.Array) -> jax.Array:
     """Return ``total + hidden.T @ d_logits``, one band of features after the other, so that a product is small."""
-    bands = job.bands or 1
-    edges = [hidden.shape[1] * i // bands for i in range(bands + 1)]
-    for low, high in itertools.pairwise(edges):
-        part = jnp.einsum("td,tv->dv", hidden[:, low:high], d_logits, preferred_element_type=total.dtype)
-        part = part + jax.lax.dynamic_slice_in_dim(total, low, high - low, 0)
-        total = jax.lax.dynamic_update_slice_in_dim(total, part, low, 0)
-        if high < hidden.shape[1]:
-            total, d_logits = jax.lax.optimization_barrier((total, d_logits))
-    return total
+    size = hidden.shape[1] // (job.bands or 1)
+
+    def add(band: Any, total: jax.Array) -> jax.Array:
+        part = jax.lax.dynamic_slice_in_dim(hidden, band * size, size, 1)
+        part = jnp.einsum("td,tv->dv", part, d_logits, preferred_element_type=total.dtype)
+        part = part + jax.lax.dynamic_slice_in_dim(total, band * size, size, 0)
+        return jax.lax.dynamic_update_slice_in_dim(total, part, band * size, 0)
+
+    return jax.lax.fori_loop(0, hidden.shape[1] // size, add, total)
 
 
 def _zeros(hidden: jax.Array, head: Head) -> Head:

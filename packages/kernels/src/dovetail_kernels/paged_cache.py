@@ -160,7 +160,7 @@ def _quantized(new: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
 
 def _written(pool: jax.Array, new: jax.Array, page_ids: jax.Array, slots: jax.Array) -> jax.Array:
     new = new.astype(pool.dtype)
-    if pool.dtype.itemsize == 1 and jnp.issubdtype(pool.dtype, jnp.floating):
+    if pool.dtype.itemsize < 4 and jnp.issubdtype(pool.dtype, jnp.floating):
         return jax.lax.platform_dependent(pool, new, page_ids, slots, cpu=_one_by_one, default=_scattered)
     return _scattered(pool, new, page_ids, slots)
 
@@ -174,7 +174,7 @@ def _scattered(pool: jax.Array, new: jax.Array, page_ids: jax.Array, slots: jax.
 
 
 def _one_by_one(pool: jax.Array, new: jax.Array, page_ids: jax.Array, slots: jax.Array) -> jax.Array:
-    """Write one token after the other: XLA for CPUs converts a whole pool of float8 to scatter to it."""
+    """Write one token after the other: XLA for CPUs converts a whole pool of narrow floats to scatter to it."""
     inside = (page_ids >= 0) & (page_ids < pool.shape[0]) & (slots >= 0) & (slots < pool.shape[-2])
 
     def write(index: Any, pool: jax.Array) -> jax.Array:
