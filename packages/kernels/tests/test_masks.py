@@ -1,5 +1,6 @@
 """Masks against a predicate per pair, and what they promise about blocks they never look at."""
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -60,7 +61,7 @@ def matrix(predicate: Predicate, query_offset: Any, key_offset: Any) -> np.ndarr
     return out
 
 
-@settings(max_examples=60, deadline=None, derandomize=True)
+@settings(max_examples=300 if os.environ.get("DOVETAIL_SOAK") else 30, deadline=None, derandomize=True)
 @given(data=st.data())
 def test_expressions(data: st.DataObject) -> None:
     """Blocks outside what a mask promises are never computed: a wrong promise is a silent error."""

@@ -76,7 +76,7 @@ def test_packed_segments_are_sequences_of_their_own(kind: Kind) -> None:
     out, after = jax.jit(lambda *x: kind.call(*x, segment_ids=jnp.asarray(ids)))(*dirty)
     assert not np.asarray(out)[ids == 0].any()
     for segment in (7, 2, 5):
-        alone, state = kind.call(*(x[:, ids[0] == segment] for x in given))
+        alone, state = jax.jit(kind.call)(*(x[:, ids[0] == segment] for x in given))
         close(out[:, ids[0] == segment], alone)
     close(after, state)
     gradient = jax.grad(lambda *x: jnp.sum(kind.call(*x, segment_ids=jnp.asarray(ids))[0]), tuple(range(len(given))))
@@ -89,8 +89,9 @@ def test_packed_segments_are_sequences_of_their_own(kind: Kind) -> None:
 def test_only_padding_changes_nothing(kind: Kind) -> None:
     """An idle row of a batch keeps its state bit for bit."""
     given = operands(kind, batch=2, time=5)
-    _, state = kind.call(*given)
-    out, after = kind.call(*given, state=state, segment_ids=jnp.zeros((2, 5), jnp.int32))
+    idle = jax.jit(lambda state, *x: kind.call(*x, state=state, segment_ids=jnp.zeros((2, 5), jnp.int32)))
+    _, state = jax.jit(kind.call)(*given)
+    out, after = idle(state, *given)
     assert not np.asarray(out).any()
     np.testing.assert_array_equal(after, state)
 

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jax.sharding import PartitionSpec
 
-from dovetail_kernels import Sampling, filter_logits, logprobs, sample, top_logprobs
+from dovetail_kernels import Sampling, filter_logits, logprobs, sample, top_logprobs, verify_draft
 
 
 def how(rows=1, *, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0, seed=0, position=0):
@@ -216,3 +217,20 @@ def test_logits_that_are_not_finite_show_in_the_logprob():
     logits = jnp.asarray([[0.0, jnp.nan], [0.0, 1.0], [jnp.inf, 0.0]])
     tokens = sample(logits, how(3, temperature=0.0))
     assert np.isnan(logprobs(logits, tokens)).tolist() == [True, False, True]
+
+
+def test_rows_over_devices():
+    """Each device samples its rows, with replicated parameters or its own, inside shard_map with its checks on."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    rows, whole = PartitionSpec("data"), PartitionSpec()
+    target = jnp.asarray(np.random.default_rng(0).standard_normal((8, 3, 9)), jnp.float32)
+    same, drafts = how(1, top_k=3, seed=5), jnp.zeros((8, 2), jnp.int32)
+    every = jax.tree.map(lambda x: jnp.repeat(x, 8), same)
+
+    def run(target, drafts, params):
+        return sample(target[:, 0], params), filter_logits(target[:, 1], params), verify_draft(drafts, target, params)
+
+    expected = jax.jit(run)(target, drafts, every)
+    for params, spec in ((every, rows), (same, whole)):
+        mapped = jax.shard_map(run, mesh=mesh, in_specs=(rows, rows, spec), out_specs=rows)
+        jax.tree.map(np.testing.assert_array_equal, jax.jit(mapped)(target, drafts, params), expected)

@@ -75,7 +75,7 @@ def test_gradients() -> None:
             x, weights = jax.tree.map(jnp.asarray, (x, weights))  # check_grads steps in NumPy
             return jnp.sum(jnp.sin(triangle_multiplication(x, weights, kept)))
 
-        check_grads(loss, (x, weights), order=2, modes=["rev"], atol=1e-4, rtol=1e-4)
+        check_grads(jax.jit(loss), (x, weights), order=2, modes=["rev"], atol=1e-4, rtol=1e-4)
 
 
 def test_empty() -> None:

@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, UInt32
 
+from dovetail_kernels._manual import alike
+
 __all__ = ["BLOCK", "BLOCKS", "Candidates", "Sampling", "argmax", "everything", "likeliest", "stays", "warmth"]
 
 BLOCK = 32
@@ -63,8 +65,9 @@ def warmth(how: Sampling) -> Float[Array, "rows 1"]:
 def everything(logits: Float[Array, "rows vocab"], how: Sampling) -> Candidates:
     """Return all tokens."""
     scaled = logits / warmth(how)
-    ids = jax.lax.broadcasted_iota(jnp.int32, scaled.shape, 1)
-    return Candidates(scaled, ids, jnp.full(scaled.shape[:1], -jnp.inf), lambda: jnp.sum(_mass(scaled), -1))
+    ids, _ = alike(jax.lax.broadcasted_iota(jnp.int32, scaled.shape, 1), scaled)
+    outside, _ = alike(jnp.full(scaled.shape[:1], -jnp.inf), scaled)
+    return Candidates(scaled, ids, outside, lambda: jnp.sum(_mass(scaled), -1))
 
 
 def likeliest(logits: Float[Array, "rows vocab"], how: Sampling) -> Candidates:
@@ -111,7 +114,7 @@ def stays(among: Candidates, how: Sampling, vocab: int) -> tuple[Bool[Array, "ro
     """
     scaled, outside = among.scaled, among.outside
     peak = jnp.max(scaled, -1, keepdims=True)
-    bottom = jnp.full(outside.shape, -jnp.inf)
+    bottom, _ = alike(jnp.full(outside.shape, -jnp.inf), outside)
     by_k, by_p = (how.top_k > 0) & (how.top_k < vocab), how.top_p < 1
 
     def kth() -> jax.Array:

@@ -1,7 +1,4 @@
-"""Normalisations, computed in float32 (float64 for float64), with an optional fused residual sum.
-
-XLA fuses the plain forms, forward and backward: a gradient rule of our own gained nothing.
-"""
+"""Normalisations, computed in float32 (float64 for float64), with an optional residual sum that XLA fuses."""
 
 import functools
 from typing import Any, TypeAlias

@@ -1,7 +1,8 @@
 """Grouped matrix product: consecutive groups of rows, each times a matrix of its own.
 
 ``reference`` multiplies every row with every matrix: every derivative. ``blocked`` multiplies a row with its own matrix
-only, so that its work does not grow with the number of groups; first-order reverse-mode gradients.
+only, in blocks of at least 8 rows per group, so that its work does not grow with the number of groups while these
+have that many rows; first-order reverse-mode gradients.
 """
 
 from typing import Any
@@ -29,7 +30,7 @@ def ragged_dot(
 ) -> Float[Array, "rows n"]:
     """Multiply the first ``group_sizes[0]`` rows with ``rhs[0]``, the next ``group_sizes[1]`` with ``rhs[1]``, ...
 
-    The signature and the result are those of `jax.lax.ragged_dot`. Groups may be empty. Rows past the sum of the sizes
+    The first five parameters and the result are those of `jax.lax.ragged_dot`. Groups may be empty. Rows past the sum of the sizes
     are 0 and get no gradient, whatever they hold. Sums are float32 (float64 for float64).
 
     Args:

@@ -10,6 +10,7 @@ from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Float, Int, UInt32
 
 from dovetail_kernels._candidates import BLOCK, BLOCKS, Candidates, Sampling, argmax, everything, likeliest, stays
+from dovetail_kernels._manual import alike
 
 __all__ = ["Sampling", "filter_logits", "logprobs", "sample", "top_logprobs"]
 
@@ -28,7 +29,8 @@ def sample(logits: Float[Array, "rows vocab"], how: Sampling) -> Int[Array, " ro
     >>> sample(jnp.asarray([[0.0, 3.0, 1.0]]), how).tolist()
     [1]
     """
-    return _sample(logits, how)
+    logits, *fields = alike(logits, *how)
+    return _sample(logits, Sampling(*fields))
 
 
 @jax.jit
@@ -60,7 +62,8 @@ def filter_logits(logits: Float[Array, "rows vocab"], how: Sampling) -> Float[Ar
     The filters apply in the order temperature, top-k, top-p (of what top-k left), min-p, as in transformers. Tokens
     that tie with the last one that stays, stay too. The likeliest token always stays.
     """
-    return _filter(logits, how)
+    logits, *fields = alike(logits, *how)
+    return _filter(logits, Sampling(*fields))
 
 
 @jax.jit
