@@ -30,8 +30,8 @@ def ragged_dot(
 ) -> Float[Array, "rows n"]:
     """Multiply the first ``group_sizes[0]`` rows with ``rhs[0]``, the next ``group_sizes[1]`` with ``rhs[1]``, ...
 
-    The first five parameters and the result are those of `jax.lax.ragged_dot`. Groups may be empty. Rows past the sum of the sizes
-    are 0 and get no gradient, whatever they hold. Sums are float32 (float64 for float64).
+    The first five parameters and the result are those of `jax.lax.ragged_dot`. Groups may be empty. Rows past the sum
+    of the sizes are 0 and get no gradient, whatever they hold. Sums are float32 (float64 for float64).
 
     Args:
         lhs: rows, those of a group together.
