@@ -23,6 +23,7 @@ DEEPSEEK = {
     "n_routed_experts": EXPERTS,
     "moe_intermediate_size": INNER,
     "n_shared_experts": 1,
+    "num_attention_heads": 2,
     "routed_scaling_factor": 2.5,
 }
 GROUPED = {"n_group": 4, "topk_group": 2}

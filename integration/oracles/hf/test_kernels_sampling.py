@@ -9,7 +9,7 @@ from transformers import RepetitionPenaltyLogitsProcessor, SequenceBiasLogitsPro
 from dovetail_kernels import bias_logits, penalize
 
 
-@pytest.mark.parametrize("penalty", [0.6, 1.7])
+@pytest.mark.parametrize("penalty", [0.6, 1.0, 1.7])
 def test_repetition(penalty: float) -> None:
     """A request's repetition penalty means something else here."""
     rng = np.random.default_rng(0)
