@@ -4,11 +4,12 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
 
 from dovetail_kernels.operation import Call
 from dovetail_protocols import QuantizedArray
 
-__all__ = ["check_head", "check_rows", "dequantized", "only", "whole_vocabulary"]
+__all__ = ["check_head", "check_rows", "check_static", "dequantized", "only", "weighted", "whole_vocabulary"]
 
 
 def check_head(hidden: Any, weight: Any, bias: Any, softcap: float | None, vocab_axis: str | None = None) -> None:
@@ -22,6 +23,7 @@ def check_head(hidden: Any, weight: Any, bias: Any, softcap: float | None, vocab
         raise TypeError(f"hidden has dtype {hidden.dtype}; expected a float")
     if bias is not None and bias.shape != weight.shape[1:]:
         raise ValueError(f"bias has shape {bias.shape}; expected {weight.shape[1:]}")
+    check_static("softcap", softcap)
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap={softcap}; expected a positive number or None")
     if vocab_axis is None:
@@ -32,6 +34,12 @@ def check_head(hidden: Any, weight: Any, bias: Any, softcap: float | None, vocab
             f"vocab_axis={vocab_axis!r}, but weight varies over {sorted(varying)}; "
             "expected a call inside jax.shard_map (check_vma=True, its default) with weight sharded over that axis"
         )
+
+
+def check_static(name: str, value: Any) -> None:
+    """Check that a number is known while the call is traced."""
+    if isinstance(value, Tracer):
+        raise TypeError(f"{name} is traced; expected a Python number: make it inside the jitted function")
 
 
 def check_rows(hidden: Any, *, tokens: Any = None, targets: Any = None, loss_weights: Any = None) -> None:
@@ -56,6 +64,11 @@ def only(live: jax.Array, tree: Any) -> Any:
         return jnp.where(live.reshape(-1, *[1] * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
 
     return jax.tree.map(keep, tree)
+
+
+def weighted(numbers: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """Return what rows count; a row of weight 0 counts nothing, even where its number is infinite."""
+    return numbers if weights is None else jnp.where(weights != 0, numbers * weights, jnp.zeros((), numbers.dtype))
 
 
 def whole_vocabulary(call: Call) -> Literal[True] | str:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from dovetail_kernels._dtypes import exact
+from dovetail_kernels._head import weighted
 from dovetail_kernels._manual import alike
 from dovetail_kernels.operation import Call
 
@@ -197,7 +198,8 @@ def summed(
 ) -> tuple[jax.Array, ...]:
     """Return weighted sums of a `RowFunction`'s numbers over the rows; only the first has a gradient."""
     weights = jnp.ones(hidden.shape[:1], exact(hidden.dtype)) if weights is None else weights
-    job, hidden, rows, weights = _fitted(job, head, (hidden, rows, weights.astype(exact(hidden.dtype))))
+    job, hidden, rows = _fitted(job, head, (hidden, rows))
+    weights = jnp.pad(weights.astype(exact(hidden.dtype)), (0, hidden.shape[0] - weights.shape[0]))
     hidden, head = _alike((hidden, head), (rows, fixed, weights))
     return _summed(job, hidden, head, rows, fixed, weights)
 
@@ -211,13 +213,13 @@ def each(job: Job, hidden: jax.Array, head: Head, rows: Any, fixed: Any) -> tupl
 
 
 def _fitted(job: Job, head: Head, tree: Any) -> tuple[Any, ...]:
-    """Make chunks of equal size, so that little is padded."""
+    """Make chunks of equal size, so that little is padded; with the last row, which is as good as the others."""
     count = tree[0].shape[0]
     size = min(count, job.chunk or chunk_rows(count, head.weight.shape[1]))
     size = -(-count // -(-count // size))
 
     def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, -count % size)] + [(0, 0)] * (x.ndim - 1))
+        return jnp.pad(x, [(0, -count % size)] + [(0, 0)] * (x.ndim - 1), mode="edge")
 
     features = head.weight.shape[0]
     job = job._replace(chunk=size, bands=math.gcd(features, job.bands or band_count(features)))
@@ -236,7 +238,7 @@ def _summed(job: Job, hidden: Any, head: Head, rows: Any, fixed: Any, weights: A
     def chunk(nothing: None, part: Any) -> Any:
         hidden, rows, weights = part
         numbers, _ = job.function(job.layer.logits(hidden, head), rows, fixed)
-        return nothing, tuple(jnp.sum(x * weights) for x in numbers)
+        return nothing, tuple(jnp.sum(weighted(x, weights)) for x in numbers)
 
     _, sums = _loop(job, chunk, None, (hidden, rows, weights))
     return tuple(jnp.sum(x) for x in sums)
@@ -246,7 +248,7 @@ def _summed_forward(job: Job, hidden: Any, head: Head, rows: Any, fixed: Any, we
     def chunk(sums: Head, part: Any) -> Any:
         hidden, rows, weights = part
         numbers, d_hidden, sums = _gradients(job, hidden, head, rows, fixed, (weights,), sums)
-        return sums, (tuple(jnp.sum(x * weights) for x in numbers), d_hidden)
+        return sums, (tuple(jnp.sum(weighted(x, weights)) for x in numbers), d_hidden)
 
     d_head, (totals, d_hidden) = _loop(job, chunk, _zeros(hidden, head), (hidden, rows, weights))
     saved = _together(d_hidden), jax.tree.map(lambda g, x: g.astype(x.dtype), d_head, head)
@@ -255,7 +257,12 @@ def _summed_forward(job: Job, hidden: Any, head: Head, rows: Any, fixed: Any, we
 
 def _summed_backward(job: Job, saved: Any, cotangents: tuple[jax.Array, ...]) -> tuple[Any, ...]:
     del job
-    d_hidden, d_head = jax.tree.map(lambda g: g * cotangents[0].astype(g.dtype), saved)
+    factor = cotangents[0]
+
+    def scaled(g: jax.Array) -> jax.Array:
+        return (g.astype(factor.dtype) * factor).astype(g.dtype)  # a factor such as 1/300 has no place in 16 bits
+
+    d_hidden, d_head = jax.tree.map(scaled, saved)
     return d_hidden, d_head, None, None, None
 
 
@@ -304,6 +311,8 @@ def _gradients(
 
 def _add_product(job: Job, total: jax.Array, hidden: jax.Array, d_logits: jax.Array) -> jax.Array:
     """Return ``total + hidden.T @ d_logits``, one band of features after the other, so that a product is small."""
+    if not hidden.shape[1]:
+        return total
     size = hidden.shape[1] // (job.bands or 1)
 
     def add(band: Any, total: jax.Array) -> jax.Array:
@@ -321,13 +330,13 @@ def _zeros(hidden: jax.Array, head: Head) -> Head:
 
 def _loop(job: Job, body: Callable[..., Any], carry: Any, rows: Any) -> tuple[Any, Any]:
     """Scan over chunks; row i is in chunk ``i % chunks``, so that sharded rows leave no device idle."""
-    if jax.tree.leaves(rows)[0].shape[0] == job.chunk:
+    count, size = jax.tree.leaves(rows)[0].shape[0], job.chunk or 1
+    if count == size:
         carry, out = body(carry, rows)
         return carry, jax.tree.map(lambda x: x[None], out)
-    return jax.lax.scan(
-        body, carry, jax.tree.map(lambda x: x.reshape(job.chunk, -1, *x.shape[1:]).swapaxes(0, 1), rows)
-    )
+    parts = jax.tree.map(lambda x: x.reshape(size, count // size, *x.shape[1:]).swapaxes(0, 1), rows)
+    return jax.lax.scan(body, carry, parts)
 
 
 def _together(chunks: jax.Array) -> jax.Array:
-    return chunks.swapaxes(0, 1).reshape(-1, *chunks.shape[2:])
+    return chunks.swapaxes(0, 1).reshape(chunks.shape[0] * chunks.shape[1], *chunks.shape[2:])

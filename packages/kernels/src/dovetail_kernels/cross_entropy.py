@@ -9,10 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Integer
 
-from dovetail_kernels._dtypes import exact
-from dovetail_kernels._head import check_head, check_rows, dequantized, only, whole_vocabulary
+from dovetail_kernels._dtypes import exact, narrow
+from dovetail_kernels._head import check_head, check_rows, dequantized, only, weighted, whole_vocabulary
 from dovetail_kernels._rows import Head, Job, Layer, Softmax, configs, each, find, summed
 from dovetail_kernels.operation import Call, Implementation, Operation, Wanted
 from dovetail_protocols import QuantizedArray
@@ -104,11 +105,11 @@ def linear_cross_entropy(
     """
     check_head(hidden, weight, bias, softcap, options.vocab_axis)
     check_rows(hidden, targets=targets, loss_weights=loss_weights)
-    weights = None if loss_weights is None else loss_weights.astype(exact(hidden.dtype))
-    targets = targets.astype(jnp.int32)
+    weights = None if loss_weights is None else jax.lax.stop_gradient(loss_weights.astype(exact(hidden.dtype)))
     if ignore_index is not None:
         ones = jnp.ones(targets.shape, exact(hidden.dtype)) if weights is None else weights
         weights = jnp.where(targets == ignore_index, 0, ones)
+    targets = narrow(targets)
     if weights is not None:
         hidden, targets = only(weights != 0, (hidden, targets))
     if hidden.shape[0] == 0:
@@ -171,7 +172,7 @@ def _blocked(
     if not options.per_token:
         return summed(job, hidden, head, targets, None, loss_weights)
     numbers = each(job, hidden, head, targets, None)
-    return numbers if loss_weights is None else tuple(x * loss_weights for x in numbers)
+    return tuple(weighted(x, loss_weights) for x in numbers)
 
 
 def _reference(
@@ -193,8 +194,7 @@ def _reference(
         loss = loss - options.label_smoothing * jnp.mean(logprobs, 1)
     z_loss = options.z_loss * jax.nn.logsumexp(logits, 1) ** 2
     numbers = loss + z_loss, z_loss
-    if loss_weights is not None:
-        numbers = tuple(x * loss_weights for x in numbers)
+    numbers = tuple(weighted(x, loss_weights) for x in numbers)
     return numbers if options.per_token else tuple(jnp.sum(x) for x in numbers)
 
 
@@ -213,4 +213,5 @@ LINEAR_CROSS_ENTROPY = Operation(
     accumulation="float32 (float64 for float64)",
     error="1e-5 of the largest value in float32, 2e-2 in bfloat16",
     key=_key,
+    outcome=lambda given, axes: PartitionSpec(*axes["hidden"][: int(given["options"].per_token)]),
 )

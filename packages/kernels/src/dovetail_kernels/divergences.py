@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Integer
 
-from dovetail_kernels._dtypes import exact
-from dovetail_kernels._head import check_head, check_rows, dequantized, only
+from dovetail_kernels._dtypes import exact, narrow
+from dovetail_kernels._head import check_head, check_rows, check_static, dequantized, only, weighted
 from dovetail_kernels._rows import Head, Job, Layer, Softmax, configs, each, summed
 from dovetail_kernels.operation import Call, Implementation, Operation, Wanted
 from dovetail_protocols import QuantizedArray
@@ -93,11 +94,13 @@ def distillation_loss(
     check_head(hidden, weight, bias, softcap)
     check_rows(hidden, loss_weights=loss_weights)
     _check_teacher(hidden, weight, teacher)
+    check_static("beta", beta)
+    check_static("temperature", temperature)
     if not 0 <= beta <= 1:
         raise ValueError(f"beta={beta}; expected a number from 0 to 1")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature}; expected a finite positive number")
-    weights = None if loss_weights is None else loss_weights.astype(exact(hidden.dtype))
+    weights = None if loss_weights is None else jax.lax.stop_gradient(loss_weights.astype(exact(hidden.dtype)))
     teacher = _constant(teacher, None if weights is None else weights != 0)
     if weights is not None:
         hidden = only(weights != 0, hidden)
@@ -140,8 +143,11 @@ def _check_teacher(hidden: Any, weight: Any, teacher: Any) -> None:
 def _constant(teacher: Any, live: jax.Array | None) -> Any:
     """Return a teacher without gradients, with nothing in the rows that do not count."""
     if isinstance(teacher, TopLogprobs):
-        rows = TopLogprobs(jax.lax.stop_gradient(teacher.logprobs), teacher.ids.astype(jnp.int32))
-        return rows if live is None else only(live, rows)
+        logprobs, ids = jax.lax.stop_gradient(teacher.logprobs), narrow(teacher.ids)
+        if live is None:
+            return TopLogprobs(logprobs, ids)
+        distinct = jnp.arange(ids.shape[1], dtype=jnp.int32)
+        return TopLogprobs(only(live, logprobs), jnp.where(live[:, None], ids, distinct))
     hidden, weight, bias = jax.lax.stop_gradient((teacher.hidden, dequantized(teacher.weight), teacher.bias))
     return Teacher(hidden if live is None else only(live, hidden), weight, bias, teacher.softcap)
 
@@ -160,7 +166,8 @@ def _divergence(beta: float, p: jax.Array, q: jax.Array) -> tuple[jax.Array, jax
 
 
 def _kl(in_p: jax.Array, p: jax.Array, q: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.where(in_p > 0, in_p * (p - q), 0), 1)
+    there = in_p > 0
+    return jnp.sum(jnp.where(there, in_p * jnp.where(there, p - q, 0), 0), 1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -239,8 +246,7 @@ def _blocked(
     job, head = Job(Layer(softcap, temperature), function, chunk, bands), Head(weight, bias)
     if not per_token:
         return summed(job, hidden, head, rows, fixed, loss_weights)[0]
-    loss = each(job, hidden, head, rows, fixed)[0]
-    return loss if loss_weights is None else loss * loss_weights
+    return weighted(each(job, hidden, head, rows, fixed)[0], loss_weights)
 
 
 def _reference(
@@ -267,9 +273,10 @@ def _reference(
     if beta in (0, 1):
         loss = _kl(in_p, p, q) if beta == 0 else _kl(in_q, q, p)
     else:
-        middle = jnp.log(beta * in_p + (1 - beta) * in_q)
+        mass = beta * in_p + (1 - beta) * in_q
+        middle = jnp.log(jnp.where(mass > 0, mass, 1))
         loss = beta * _kl(in_p, p, middle) + (1 - beta) * _kl(in_q, q, middle)
-    loss = loss if loss_weights is None else loss * loss_weights
+    loss = weighted(loss, loss_weights)
     return loss if per_token else jnp.sum(loss)
 
 
@@ -293,4 +300,5 @@ DISTILLATION_LOSS = Operation(
     accumulation="float32 (float64 for float64)",
     error="1e-5 of the largest value in float32, 2e-2 in bfloat16",
     key=_key,
+    outcome=lambda given, axes: PartitionSpec(*axes["hidden"][: int(given["per_token"])]),
 )

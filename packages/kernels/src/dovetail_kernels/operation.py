@@ -11,6 +11,8 @@ from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checka
 
 import jax
 
+from dovetail_kernels._programs import Outcome, partitioned, run
+
 __all__ = [
     "Call",
     "Configured",
@@ -171,6 +173,7 @@ class Operation:
         accumulation: the dtype of sums.
         error: bound of the error against a float64 reference, in words.
         key: names and values of a call that a configuration depends on: exact ones, and sizes to round.
+        outcome: how results are divided over explicit mesh axes; None where operations of jax find out.
     """
 
     name: str
@@ -178,13 +181,18 @@ class Operation:
     accumulation: str
     error: str
     key: Callable[[Call], tuple[Mapping[str, Any], Mapping[str, int]]] | None = None
+    outcome: Outcome | None = None
 
     def __call__(self, wanted: Wanted, **arguments: Any) -> Any:
         """Choose an implementation and run it."""
         decision = self.decide(wanted, arguments)
         if (record := policy.value.record) is not None:
             record(decision)
-        return decision.implementation(**arguments, **decision.config)
+
+        def call(**arguments: Any) -> Any:
+            return run(self.name, decision.implementation, arguments, decision.config)
+
+        return call(**arguments) if self.outcome is None else partitioned(call, arguments, self.outcome)
 
     def decide(self, wanted: Wanted, arguments: Mapping[str, Any]) -> Decision:
         """Return what will run and why.
@@ -201,6 +209,8 @@ class Operation:
             reason = implementation.supports(call)
             if reason is True:
                 return Decision(call, implementation, dict(choice.config), source, tuple(rejected))
+            if not isinstance(reason, str):
+                raise TypeError(f"{implementation.name}.supports returned {reason!r}; expected True or a reason")
             rejected.append((implementation.name, reason))
         reasons = "".join(f"\n  {name}: {reason}" for name, reason in rejected)
         raise UnsupportedError(f"{self.name}: implementation={wanted!r} cannot run this call{reasons}")

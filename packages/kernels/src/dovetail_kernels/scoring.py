@@ -8,10 +8,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Integer
 
-from dovetail_kernels._dtypes import exact
-from dovetail_kernels._head import check_head, check_rows, dequantized, whole_vocabulary
+from dovetail_kernels._dtypes import exact, narrow
+from dovetail_kernels._head import check_head, check_rows, check_static, dequantized, whole_vocabulary
 from dovetail_kernels._rows import Head, Job, Layer, Softmax, configs, each, find
 from dovetail_kernels.operation import Call, Implementation, Operation, Wanted
 from dovetail_protocols import QuantizedArray
@@ -71,6 +72,7 @@ def token_logprobs(
     """
     check_head(hidden, weight, bias, softcap, vocab_axis)
     check_rows(hidden, tokens=tokens)
+    check_static("temperature", temperature)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"temperature={temperature}; expected a finite positive number")
     if hidden.shape[0] == 0:
@@ -80,7 +82,7 @@ def token_logprobs(
         implementation,
         hidden=hidden,
         weight=dequantized(weight),
-        tokens=tokens.astype(jnp.int32),
+        tokens=narrow(tokens),
         temperature=float(temperature),
         bias=bias,
         softcap=softcap,
@@ -169,4 +171,5 @@ TOKEN_LOGPROBS = Operation(
     accumulation="float32 (float64 for float64)",
     error="1e-5 of the largest value in float32, 2e-2 in bfloat16",
     key=_key,
+    outcome=lambda _, axes: PartitionSpec(axes["hidden"][0]),
 )

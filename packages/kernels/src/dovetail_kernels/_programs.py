@@ -1,0 +1,81 @@
+"""How an implementation is called: as one cached program, and by the partitioner where meshes have explicit axes."""
+
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, TypeAlias
+
+import jax
+import numpy as np
+
+__all__ = ["Outcome", "partitioned", "run"]
+
+Axes: TypeAlias = Mapping[str, tuple[Any, ...]]
+Outcome: TypeAlias = Callable[[Mapping[str, Any], Axes], Any]
+"""Returns how a result is divided (`PartitionSpec`, or a tree of them), given the arguments and how each is divided."""
+
+
+class Program(NamedTuple):
+    """The part of a call that is fixed when it is traced; hashable if all of it is."""
+
+    function: Callable[..., Any]
+    config: tuple[tuple[str, Any], ...]
+    structure: Any
+    still: tuple[tuple[type, Any] | None, ...]
+    """What is not an array, in its place; the type tells 1 from 1.0 and True."""
+
+    def __call__(self, arrays: list[Any]) -> Any:
+        """Run with the arrays in their places."""
+        given = iter(arrays)
+        leaves = [next(given) if value is None else value[1] for value in self.still]
+        return self.function(**jax.tree.unflatten(self.structure, leaves), **dict(self.config))
+
+
+def run(name: str, function: Callable[..., Any], arguments: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
+    """Call a function of named arguments as a program that is compiled once per kind of call, also outside of jit."""
+    leaves, structure = jax.tree.flatten(dict(arguments))
+    still = tuple(None if _is_array(x) else (type(x), x) for x in leaves)
+    program = Program(function, tuple(sorted(config.items())), structure, still)
+    arrays = [x for x in leaves if _is_array(x)]
+    try:
+        hash(program)
+    except TypeError:  # an implementation or an argument of the user's own
+        return program(arrays)
+    return _jitted(name)(program, arrays)
+
+
+@functools.cache
+def _jitted(name: str) -> Callable[..., Any]:
+    def call(program: Program, arrays: list[Any]) -> Any:
+        return program(arrays)
+
+    call.__name__ = call.__qualname__ = name
+    return jax.jit(call, static_argnums=0)
+
+
+def partitioned(function: Callable[..., Any], arguments: Mapping[str, Any], outcome: Outcome) -> Any:
+    """Call a function of named arguments, with the partitioner at work inside where operands have explicit axes."""
+    axes = {name: _axes(value) for name, value in arguments.items()}
+    leaves, structure = jax.tree.flatten(dict(arguments))
+    if not any(axis is not None for x in leaves if _is_array(x) for axis in _axes(x)):
+        return function(**arguments)
+    places = [i for i, x in enumerate(leaves) if _is_array(x)]
+
+    def inside(*arrays: Any) -> Any:
+        given = list(leaves)
+        for place, array in zip(places, arrays, strict=True):
+            given[place] = array
+        return function(**jax.tree.unflatten(structure, given))
+
+    return jax.sharding.auto_axes(inside, out_sharding=outcome(arguments, axes))(*(leaves[i] for i in places))
+
+
+def _axes(x: Any) -> tuple[Any, ...]:
+    """Return the explicit mesh axes over which each axis of an array is divided, or None."""
+    if not _is_array(x):
+        return ()
+    spec = jax.typeof(x).sharding.spec
+    return (*spec, *(None,) * (x.ndim - len(spec)))
+
+
+def _is_array(x: Any) -> bool:
+    return isinstance(x, (jax.Array, np.ndarray))
