@@ -1,6 +1,7 @@
 """Attention against a float64 NumPy form with gradients by hand, and the implementations against each other."""
 
 import functools
+import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from dovetail_kernels import (
     Dropout,
     Mask,
     _blocked,
+    _cudnn,
     attention,
     causal,
     chunked,
@@ -29,6 +31,7 @@ from dovetail_kernels import (
 )
 from dovetail_kernels._dtypes import exact
 from dovetail_kernels.masks import Tile
+from dovetail_kernels.operation import Call
 
 SMALL = configured("blocked", rows=16, chunk=24)
 BOTH = ["reference", SMALL]
@@ -102,6 +105,9 @@ CASES = {
     "offset": Case(40, source=100, mask=lambda _: causal() & window(50), query_offset=60),
     "unseen keys": Case(40, source=100, mask=lambda _: causal(), key_offset=20),
     "traced offset": Case(40, source=100, mask=lambda _: causal() & window(30), query_offset=jnp.int32(37)),
+    "short offset": Case(
+        40, source=250, mask=lambda _: causal() & window(30), query_offset=jnp.uint8(200), key_offset=np.int64(3)
+    ),
     "offset per row": Case(
         40, source=100, mask=lambda _: causal() & chunked(64), query_offset=jnp.array([37, 2]), key_offset=jnp.int32(1)
     ),
@@ -285,6 +291,23 @@ def test_rows_that_see_nothing(implementation: Any) -> None:
         assert not np.asarray(part)[padding].any()
 
 
+@pytest.mark.parametrize("implementation", BOTH, ids=["reference", "small blocks"])
+@pytest.mark.parametrize("kind", ["segments", "lengths"])
+def test_padding_may_hold_anything(kind: str, implementation: Any) -> None:
+    """Memory that was never written may be NaN, and 0 times NaN in a sum would spread to real tokens and gradients."""
+    case = Case(37, softcap=3.0, mask=packed)
+    padding = np.asarray(ids(case, 37)) == 0
+    if kind == "lengths":
+        end = jnp.array([30, 21], jnp.int32)
+        case, padding = case._replace(mask=lambda _: lengths(end, end)), np.arange(37) >= np.asarray(end)[:, None]
+    operands, (d_out, d_lse) = make(case)
+    dirty = {name: jnp.where(padding[:, :, None, None], jnp.nan, x) for name, x in operands.items()}
+    expected = run(case, implementation, operands, (d_out, d_lse))
+    got = run(case, implementation, dirty, (jnp.where(padding[:, :, None, None], jnp.nan, d_out), d_lse))
+    for name, x in expected.items():
+        np.testing.assert_allclose(got[name], x, atol=1e-6, err_msg=name)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "blocked"])
 def test_empty_axes_give_zeros(implementation: str) -> None:
     """No rows, no tokens or no keys is a clean result, not a crash in a loop over nothing."""
@@ -375,6 +398,22 @@ def test_dropout() -> None:
     assert (np.asarray(other) != np.asarray(expected[0])).mean() > 0.5
     plain = attention(q, v, v, causal())
     np.testing.assert_array_equal(attention(q, v, v, causal(), dropout=Dropout(jax.random.key(1), 0.0)), plain)
+
+
+def test_dropout_in_shard_map() -> None:
+    """With the index of the shard in its key every shard drops others; with one key all drop the same."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    x, rows = jnp.ones((8, 16, 1, 1)), PartitionSpec("data")
+
+    def local(x: jax.Array, fold: bool) -> jax.Array:
+        key = jax.random.key(0)
+        key = jax.random.fold_in(key, jax.lax.axis_index("data")) if fold else key
+        return attention(x, x, x, dropout=Dropout(key, 0.5))
+
+    for fold in (False, True):
+        mapped = jax.shard_map(functools.partial(local, fold=fold), mesh=mesh, in_specs=rows, out_specs=rows)
+        patterns = np.asarray(jax.jit(mapped)(x)).reshape(8, -1)
+        assert len(np.unique(patterns, axis=0)) == (8 if fold else 1)
 
 
 def objective(q: jax.Array, kv: jax.Array, ids: jax.Array, implementation: Any = None) -> jax.Array:
@@ -484,6 +523,35 @@ def test_blocks_that_nobody_sees_are_not_computed(monkeypatch: pytest.MonkeyPatc
     assert flops(causal() & segments(ids)) < 0.1 * everything
 
 
+@pytest.mark.parametrize(
+    ("device", "dim", "reason"),
+    [
+        (("rocm 60300", "gfx942"), 64, "needs an NVIDIA GPU, not gfx942"),
+        (("cuda 12090", "8.9"), 256, "needs compute capability 9.0 for head sizes above 128, not 8.9"),
+        (("cuda 12090", "8.9"), 128, None),
+        (("cuda 12090", "10.0"), 256, None),
+        (None, 256, None),
+    ],
+)
+def test_cudnn_is_asked_of_devices_that_have_it(
+    monkeypatch: pytest.MonkeyPatch, device: tuple[str, str] | None, dim: int, reason: str | None
+) -> None:
+    """The default on other GPUs would be a crash in the compiler; a machine without any lowers for another one."""
+
+    def devices(platform: str) -> list[Any]:
+        if device is None:
+            raise RuntimeError(f"no {platform}")
+        client = types.SimpleNamespace(platform_version=device[0])
+        return [types.SimpleNamespace(client=client, compute_capability=device[1], device_kind=device[1])]
+
+    monkeypatch.setattr(jax, "devices", devices)
+    x = jax.ShapeDtypeStruct((1, 16, 2, dim), jnp.bfloat16)
+    nothing = dict.fromkeys(("mask", "bias", "sinks", "softcap", "dropout"))
+    rest = {"query_offset": 0, "key_offset": 0, "return_lse": False}
+    call = Call("attention", {"query": x, "key": x, "value": x, **nothing, **rest}, "gpu")
+    assert _cudnn.supports(call) == (reason or True)
+
+
 Q, KV = jnp.ones((1, 4, 4, 8)), jnp.ones((1, 4, 2, 8))
 BAD: list[tuple[str, Any, dict[str, Any], str]] = [
     ("rank", (Q[0], KV, KV), {}, r"query \(4, 4, 8\).*expected \[batch, time, heads, dim\]"),
@@ -496,7 +564,7 @@ BAD: list[tuple[str, Any, dict[str, Any], str]] = [
     ("bias", (Q, KV, KV), {"bias": jnp.ones((1, 3, 4, 4))}, r"\(1, 3, 4, 4\); expected \(1, 4, 4, 4\)"),
     ("sinks", (Q, KV, KV), {"sinks": jnp.ones(2)}, r"\(2,\); expected \(4,\)"),
     ("softcap", (Q, KV, KV), {"softcap": 0.0}, "softcap=0.0"),
-    ("offset", (Q, KV, KV), {"query_offset": jnp.ones((3,), jnp.int32)}, r"query_offset is int32\(3,\); .*\(1,\)"),
+    ("offset", (Q, KV, KV), {"query_offset": jnp.ones((3,), jnp.int32)}, r"query_offset has shape \(3,\); .*\(1,\)"),
     ("implementation", (Q, KV, KV), {"implementation": "flash"}, "'flash'; expected one of"),
 ]
 
@@ -511,9 +579,13 @@ def test_bad_input(arrays: Any, options: Any, message: str) -> None:
 
 @pytest.mark.usefixtures("untyped")
 def test_bad_types() -> None:
-    """Integer operands would be softmaxed into zeros; an array is not a mask."""
+    """Integer operands would be softmaxed into zeros; an array is not a mask, nor is a bias of bools one."""
     with pytest.raises(TypeError, match="int32"):
         attention(Q, KV, KV.astype(jnp.int32))
+    with pytest.raises(TypeError, match=r"bias has dtype bool; expected a float .* goes to mask=dense\(array\)"):
+        attention(Q, KV, KV, bias=jnp.ones((1, 1, 4, 4), bool))
+    with pytest.raises(TypeError, match=r"query_offset=1.5; expected an int, or an array of integers"):
+        attention(Q, KV, KV, causal(), query_offset=1.5)
     with pytest.raises(TypeError, match="expected a Mask such as"):
         attention(Q, KV, KV, jnp.ones((4, 4), bool))
     with pytest.raises(ValueError, match=r"rate=1.0; expected at least 0 and less than 1"):

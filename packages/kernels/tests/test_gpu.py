@@ -62,3 +62,21 @@ def test_cudnn_is_chosen_for_structured_masks() -> None:
         assert decision.implementation.name == chosen
     (decision,) = explain(lambda q: attention(q, q, q), q.astype(jnp.float32))
     assert decision.implementation.name == "blocked"
+
+
+def test_cudnn_under_vmap() -> None:
+    """A model that is mapped over any axis, such as an ensemble's, runs there as well."""
+    q, kv = (jnp.stack([x, 2 * x]) for x in operands()[:2])
+    for axis in (0, 1, 4):
+
+        def loss(q: jax.Array, kv: jax.Array, implementation: str) -> jax.Array:
+            return jnp.sum(attention(q, kv, kv, causal(), implementation=implementation).astype(jnp.float32) ** 2)
+
+        given = [jnp.moveaxis(x, 0, axis) for x in (q, kv)]
+        got, expected = (
+            jax.jit(jax.vmap(jax.grad(lambda *x, name=name: loss(*x, name), argnums=(0, 1)), axis, axis))(*given)
+            for name in ("cudnn", "blocked")
+        )
+        for a, b in zip(got, expected, strict=True):
+            error = np.abs(np.asarray(a, np.float32) - np.asarray(b, np.float32)).max()
+            assert error < 4e-2 * np.abs(np.asarray(b, np.float32)).max()

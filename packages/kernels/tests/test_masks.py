@@ -29,6 +29,8 @@ SIMPLE: list[tuple[Mask, Predicate]] = [
     (window(2, 4), lambda b, h, r, c, i, j: i - j < 2 and j - i < 4),
     (chunked(4), lambda b, h, r, c, i, j: i // 4 == j // 4),
     (prefix(5), lambda b, h, r, c, i, j: j < 5),
+    (prefix(np.int64(5)), lambda b, h, r, c, i, j: j < 5),
+    (prefix(jnp.int32(5)), lambda b, h, r, c, i, j: j < 5),
     (prefix(jnp.asarray(LENGTH)), lambda b, h, r, c, i, j: j < LENGTH[b]),
     (
         segments(jnp.asarray(QUERY_IDS), jnp.asarray(KEY_IDS)),
@@ -67,7 +69,9 @@ def test_expressions(data: st.DataObject) -> None:
     """Blocks outside what a mask promises are never computed: a wrong promise is a silent error."""
     mask, predicate = data.draw(masks())
     offsets = data.draw(
-        st.sampled_from([(0, 0), (3, 0), (-2, 5), (jnp.int32(4), 1), (jnp.array([0, 6]), jnp.int32(2))])
+        st.sampled_from(
+            [(0, 0), (3, 0), (-2, 5), (np.int64(2), 1), (jnp.int32(4), 1), (jnp.array([0, 6]), jnp.int32(2))]
+        )
     )
     expected = matrix(predicate, *offsets)
     row, col = data.draw(st.integers(0, TIME - 1)), data.draw(st.integers(0, SOURCE - 1))
@@ -107,6 +111,37 @@ def test_what_is_known_is_used() -> None:
     assert [int(x[0]) for x in bounds] == [0, 24]
 
 
+@pytest.mark.parametrize("dtype", [jnp.uint8, jnp.int8])
+def test_short_offsets(dtype: Any) -> None:
+    """An offset of 8 bits plus a row beyond 255 is another row's position: whole blocks of keys would be skipped."""
+    tile = Tile(0, 200, 0, 400, query_offset=jnp.asarray(100, dtype), key_offset=jnp.asarray(3, dtype))
+    assert [int(x[0]) for x in causal().bounds(tile)] == [0, 297]
+    assert [int(x[0]) for x in (prefix(jnp.array([400], jnp.int32)) & window(20)).bounds(tile)] == [78, 397]
+
+
+def test_wide_segments() -> None:
+    """Segments named by 64-bit hashes must not become other segments, nor padding, by losing their upper half."""
+    with jax.enable_x64(True):
+        mask = segments(jnp.array([[1, 2**32, 2**32 + 1]]), jnp.array([[1]], jnp.int32))
+        np.testing.assert_array_equal(mask.keep(Tile(0, 3, 0, 1))[0, 0, :, 0], [True, False, False])
+        assert mask.seen((1, 1, 3, 1)).rows.all()
+
+
+def test_padding() -> None:
+    """What is called padding that somebody sees would be zeroed; what nobody sees may hold NaN."""
+    ids, matrix = segments(jnp.array([[1, 0, 2]], jnp.int32)), (1, 1, 3, 3)
+    short = lengths(key=jnp.array([1], jnp.int32))
+    for mask, rows, cols in (
+        (causal() | prefix(2), None, None),
+        (causal() & ids, [True, False, True], [True, False, True]),
+        (ids & short, [True, False, True], [True, False, False]),
+        (ids | short, None, [True, False, True]),
+        (ids | causal(), None, None),
+    ):
+        for got, expected in zip(mask.seen(matrix), (rows, cols), strict=True):
+            assert (None if got is None else got[0].tolist()) == expected, str(mask)
+
+
 def test_masks_are_pytrees() -> None:
     """Masks cross jit and vmap; what is static is part of the cache key."""
     ids = jnp.ones((1, 4), jnp.int32)
@@ -126,7 +161,9 @@ BAD: list[tuple[Callable[[], Any], type[Exception], str]] = [
     (lambda: chunked(0), ValueError, r"chunked\(0\)"),
     (lambda: prefix(-1), ValueError, r"prefix\(-1\)"),
     (lambda: prefix(jnp.ones(2)), TypeError, "float32; expected integers"),
+    (lambda: prefix(1.5), TypeError, "prefix is 1.5; expected an array of integers"),
     (lambda: segments(jnp.ones((2, 3))), TypeError, "query_ids: dtype float32"),
+    (lambda: segments(INTEGERS[None], [[1, 1]]), TypeError, r"key_ids is \[\[1, 1\]\]; expected an array of integers"),
     (lengths, ValueError, "expected query=, key= or both"),
     (lambda: lengths(key=jnp.ones(2)), TypeError, "lengths: key"),
     (lambda: dense(INTEGERS), TypeError, "expected bool"),

@@ -5,12 +5,15 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
-from dovetail_kernels.masks import And, Causal, Lengths, Mask, Window
+from dovetail_kernels._mask import And
+from dovetail_kernels._mask_arrays import Lengths
+from dovetail_kernels._mask_positions import Causal, Window
+from dovetail_kernels.masks import Mask
 from dovetail_kernels.operation import Call
 
 __all__ = ["attention", "supports"]
 
-WIDEST = 256
+WIDEST, WIDEST_BEFORE_HOPPER = 256, 128
 
 
 def parts(mask: Mask | None) -> dict[type, Any] | None:
@@ -46,7 +49,24 @@ def supports(call: Call) -> Literal[True] | str:
         checks["needs a causal window without a right side"] = near is None or (causal and near.right is None)
         checks["needs as many keys as queries for a causal mask"] = not causal or query.shape[1] == key.shape[1]
     failed = [reason for reason, fine in checks.items() if not fine]
-    return failed[0] if failed else True
+    return failed[0] if failed else _on_device(query.shape[3])
+
+
+def _on_device(dim: int) -> Literal[True] | str:
+    """Return True, or why the GPU of this machine cannot; True where it has none and lowers for another machine.
+
+    That cuDNN is installed need not be asked: jax has no CUDA devices without it.
+    """
+    try:
+        device = jax.devices("gpu")[0]
+    except RuntimeError:
+        return True
+    if "cuda" not in device.client.platform_version:
+        return f"needs an NVIDIA GPU, not {device.device_kind}"
+    capability = str(device.compute_capability)
+    if dim > WIDEST_BEFORE_HOPPER and float(capability) < 9:
+        return f"needs compute capability 9.0 for head sizes above {WIDEST_BEFORE_HOPPER}, not {capability}"
+    return True
 
 
 def _zero(offset: Any) -> bool:
@@ -62,9 +82,7 @@ def attention(
     assert terms is not None
     lengths = terms.get(Lengths, Lengths(None, None))
     out = jax.nn.dot_product_attention(
-        query,
-        key,
-        value,
+        *(_batched_in_front(x) for x in (query, key, value)),
         scale=scale,
         is_causal=Causal in terms,
         query_seq_lengths=lengths.query,
@@ -72,8 +90,14 @@ def attention(
         local_window_size=(terms[Window].left - 1, 0) if Window in terms else None,
         implementation="cudnn",
     )
-    for mine, count in ((lengths.query, query.shape[1]), (lengths.key, 1)):
-        if mine is not None:  # rows that see nothing are 0, whatever the kernel leaves there
-            seen = jnp.arange(count, dtype=jnp.int32) < mine[:, None]
-            out = jnp.where(seen[:, :, None, None], out, jnp.zeros((), out.dtype))
-    return out, None
+    if lengths.key is not None:  # without keys the result is 0, whatever the kernel leaves there
+        out = jnp.where(lengths.key[:, None, None, None] > 0, out, jnp.zeros((), out.dtype))
+    return _batched_in_front(out), None
+
+
+def _batched_in_front(x: jax.Array) -> jax.Array:
+    """Return the array; under `jax.vmap` its mapped axis is the first, in the gradient too: jax's call takes no other.
+
+    That is what the rule of a reshape does.
+    """
+    return x.reshape(-1).reshape(x.shape)

@@ -15,6 +15,10 @@ __all__ = ["Dropout", "kept"]
 class Dropout:
     """Attention weights that are set to 0 at random; the others are divided by ``1 - rate``.
 
+    Which ones depends on the key, the row of the batch, the head and the positions, as this call counts them. Inside
+    ``jax.shard_map`` a key that is the same on every device gives every shard the same pattern: fold the index of the
+    mesh axes over which batch or heads are spread into it, ``jax.random.fold_in(key, jax.lax.axis_index("data"))``.
+
     Attributes:
         key: a random key.
         rate: probability of 0, in ``[0, 1)``.

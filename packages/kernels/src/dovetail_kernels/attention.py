@@ -10,11 +10,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Integer
 
 from dovetail_kernels import _blocked, _cudnn
 from dovetail_kernels._dropout import Dropout, kept
 from dovetail_kernels._dtypes import exact
+from dovetail_kernels._mask import Seen, position
 from dovetail_kernels.masks import Mask, Tile
 from dovetail_kernels.operation import Call, Implementation, Operation, Wanted
 
@@ -44,8 +46,8 @@ def attention(
     softcap: float | None = None,
     scale: float | None = None,
     dropout: Dropout | None = None,
-    query_offset: int | Int[Array, "..."] = 0,
-    key_offset: int | Int[Array, "..."] = 0,
+    query_offset: int | np.integer[Any] | Integer[Array, "..."] = 0,
+    key_offset: int | np.integer[Any] | Integer[Array, "..."] = 0,
     return_lse: bool = False,
     implementation: Wanted = None,
 ) -> Any:
@@ -54,6 +56,8 @@ def attention(
     With z = softcap(scale * query . key + bias) where the mask allows it and -inf elsewhere, the result is
     softmax(z) . value; a sink is one more logit per head whose value is 0. Logits and softmax are float32 (float64 for
     float64 inputs). A row that may attend to nothing gives 0, with a log-sum-exp of -inf and zero gradients.
+    Padding, as `segments` and `lengths` know it, may hold anything in query, key and value, NaN included; what another
+    mask hides must be finite.
 
     Args:
         query: ``heads`` is a multiple of ``kv_heads``; query head h reads key-value head ``h // group``.
@@ -73,7 +77,7 @@ def attention(
 
     Raises:
         ValueError: shapes that do not fit, an unknown implementation, or one that cannot run this (`UnsupportedError`).
-        TypeError: operands that are not floats.
+        TypeError: operands that are not floats, offsets that are not integers.
 
     >>> from dovetail_kernels import causal
     >>> q = jnp.ones((1, 4, 2, 8)); kv = jnp.ones((1, 4, 1, 8))
@@ -82,7 +86,9 @@ def attention(
     """
     _check(query, key, value)
     batch, time, heads, source = *query.shape[:3], key.shape[1]
-    _check_rest(mask, bias, sinks, softcap, (batch, heads, time, source), (query_offset, key_offset))
+    _check_rest(mask, bias, sinks, softcap, (batch, heads, time, source))
+    offsets = {"query_offset": query_offset, "key_offset": key_offset}
+    rows, cols = Seen(None, None) if mask is None else mask.seen((batch, heads, time, source))
     if 0 in (batch, time, heads, source):
         out = jnp.zeros((batch, time, heads, value.shape[3]), value.dtype)
         lse = jnp.full((batch, time, heads), -jnp.inf, exact(query.dtype))
@@ -90,19 +96,19 @@ def attention(
     else:
         out, lse = ATTENTION(
             implementation,
-            query=query,
-            key=key,
-            value=value,
+            query=_cleared(query, rows),
+            key=_cleared(key, cols),
+            value=_cleared(value, cols),
             mask=mask,
             bias=bias,
             sinks=sinks,
             softcap=softcap,
             scale=float(query.shape[-1] ** -0.5 if scale is None else scale),
             dropout=dropout if dropout is not None and dropout.rate else None,
-            query_offset=query_offset,
-            key_offset=key_offset,
+            **{name: _offset(name, x, batch) for name, x in offsets.items()},
             return_lse=return_lse,
         )
+        out = _cleared(out, rows)
     return Attended(out, lse) if return_lse else out
 
 
@@ -152,7 +158,6 @@ def _check_rest(
     sinks: jax.Array | None,
     softcap: float | None,
     matrix: tuple[int, int, int, int],
-    offsets: tuple[Any, Any],
 ) -> None:
     batch, heads, time, source = matrix
     if mask is not None:
@@ -160,6 +165,8 @@ def _check_rest(
             raise TypeError(f"mask is {type(mask).__name__}; expected a Mask such as causal(), or dense(array)")
         mask.check(matrix)
     if bias is not None:
+        if not jnp.issubdtype(bias.dtype, jnp.floating):
+            raise TypeError(f"bias has dtype {bias.dtype}; expected a float (who sees whom goes to mask=dense(array))")
         fits = bias.ndim == 4 and bias.shape[0] in (1, batch) and bias.shape[1] in (1, heads)
         if not (fits and bias.shape[2:] == (time, source)):
             raise ValueError(f"bias has shape {bias.shape}; expected {matrix}, where batch and heads may be 1")
@@ -167,11 +174,21 @@ def _check_rest(
         raise ValueError(f"sinks have shape {sinks.shape}; expected ({heads},), one per head")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap={softcap}; expected a positive number or None")
-    for name, offset in zip(("query_offset", "key_offset"), offsets, strict=True):
-        if not isinstance(offset, int) and (
-            not jnp.issubdtype(offset.dtype, jnp.integer) or offset.shape not in ((), (batch,))
-        ):
-            raise ValueError(f"{name} is {offset.dtype}{offset.shape}; expected an int, or integers () or ({batch},)")
+
+
+def _offset(name: str, x: Any, batch: int) -> Any:
+    """Return an offset as an int or as an int32 array."""
+    if not isinstance(x, (int, np.integer)):
+        if not jnp.issubdtype(jnp.result_type(x), jnp.integer):
+            raise TypeError(f"{name}={x!r}; expected an int, or an array of integers")
+        if jnp.shape(x) not in ((), (batch,)):
+            raise ValueError(f"{name} has shape {jnp.shape(x)}; expected () or ({batch},)")
+    return position(x)
+
+
+def _cleared(x: jax.Array, seen: Any) -> jax.Array:
+    """Return the array with zeros in place of padding: 0 times NaN would be NaN, in sums and in gradients."""
+    return x if seen is None else jnp.where(seen[:, :, None, None], x, jnp.zeros((), x.dtype))
 
 
 def _reference(

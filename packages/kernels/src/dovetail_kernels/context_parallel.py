@@ -15,8 +15,10 @@ from jaxtyping import Array, Float
 
 from dovetail_kernels._dtypes import exact
 from dovetail_kernels._manual import alike
+from dovetail_kernels._mask import And, Or
+from dovetail_kernels._mask_arrays import Dense, Lengths, Segments
 from dovetail_kernels.attention import Attended, attention, merge
-from dovetail_kernels.masks import And, Dense, Lengths, Mask, Or, Segments
+from dovetail_kernels.masks import Mask
 from dovetail_kernels.operation import Wanted
 
 __all__ = ["ring_attention", "ulysses_attention"]
