@@ -114,6 +114,20 @@ def test_groups() -> None:
     np.testing.assert_allclose(got, expected * weight + bias, atol=1e-5)
 
 
+def test_empty_groups() -> None:
+    """The last batch of an epoch may be empty, and so may an image."""
+    for shape in ((0, 5, 4), (2, 0, 4), (2, 5, 0)):
+        assert group_norm(jnp.ones(shape), 2).shape == shape
+
+
+def test_default_eps() -> None:
+    """Both norms of mean and variance have PyTorch's default: nearly constant features differ much by it."""
+    x = jnp.array([[0.0, 4e-3]])
+    expected = 2e-3 / np.sqrt(4e-6 + 1e-5)
+    for out in (layer_norm(x), group_norm(x, 1)):
+        np.testing.assert_allclose(out, [[-expected, expected]], rtol=1e-5)
+
+
 @pytest.mark.usefixtures("untyped")
 def test_bad_input() -> None:
     """A weight of another size must not be broadcast; integers must not be rounded back."""

@@ -147,6 +147,7 @@ def test_scalings_that_depend_on_the_length() -> None:
     short, factor = rope_frequencies(8, 10000.0, long)
     np.testing.assert_allclose(short, plain / [1, 1, 2, 4], rtol=1e-6)
     np.testing.assert_allclose(factor, np.sqrt(1 + np.log(4) / np.log(100)))
+    assert rope_frequencies(2, 100.0, LongRopeScaling((1.0,), (2.0,), 1))[1] == 1.0
     np.testing.assert_allclose(rope_frequencies(8, 10000.0, long, length=101)[0], plain / [1, 2, 4, 8], rtol=1e-6)
 
 
@@ -166,7 +167,9 @@ def test_scalings_that_depend_on_the_length() -> None:
         (lambda: DynamicScaling(0.0, 10), "factor"),
         (lambda: LongRopeScaling((1.0,), (1.0, 2.0), 10), "as many short as long"),
         (lambda: rope_frequencies(8, 100.0, LongRopeScaling((1.0,), (2.0,), 10)), "1 factors.*4 frequencies"),
+        (lambda: LongRopeScaling((1.0,), (2.0,), 1, factor=2.0), "original_max_position above 1, or an attention_"),
         (lambda: rope_axes([]), "sections"),
+        (lambda: rope_axes([1, 4, 4], interleaved=True), r"turns makes them \[3, 3, 3\], expected larger ones first"),
         (lambda: rope_table(jnp.zeros((3, 2), jnp.int32), [1.0], axes=[2]), r"axes \[2\]"),
         (lambda: YarnScaling(2.0, 4096, beta_fast=1.0, beta_slow=32.0), "beta_fast above beta_slow"),
         (lambda: YarnScaling(2.0, 4096, attention_factor=0.0), "attention_factor"),
@@ -180,7 +183,7 @@ def test_bad_settings(make: Any, message: str) -> None:
 
 @pytest.mark.usefixtures("untyped")
 def test_bad_arrays() -> None:
-    """A table of other tokens must not be broadcast."""
+    """A table of other tokens must not be broadcast, and integers must not round it to zeros."""
     frequencies, _ = rope_frequencies(8, 10000.0)
     table = rope_table(jnp.arange(3, dtype=jnp.int32), frequencies)
     with pytest.raises(ValueError, match=r"\(3, 4\); x \(4, 2, 8\) needs \(4, 4\)"):
@@ -193,3 +196,5 @@ def test_bad_arrays() -> None:
         rope(jnp.ones(8), table)
     with pytest.raises(TypeError, match="float32; expected integers"):
         rope_table(jnp.ones(3), frequencies)
+    with pytest.raises(TypeError, match="x has dtype int32; expected a float"):
+        rope(jnp.ones((3, 2, 8), jnp.int32), table)

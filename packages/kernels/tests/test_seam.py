@@ -56,6 +56,22 @@ def test_take(quantized: bool) -> None:
     assert np.isnan(got[1]).all()
 
 
+def test_take_from_nothing() -> None:
+    """A table without rows has no row for any id."""
+    got, pull = jax.vjp(lambda w: take(w, jnp.array([0, -1], jnp.int32)), jnp.ones((0, 3)))
+    assert np.isnan(got).all()
+    assert got.shape == (2, 3)
+    assert pull(got)[0].shape == (0, 3)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_take_wide_ids(dtype: Any) -> None:
+    """An id beyond 32 bits is outside of the table, not the row of its lower half."""
+    with jax.enable_x64(True):
+        got = take(jnp.ones((3, 2), dtype), jnp.array([1, 2**32 + 1, -(2**32) + 1]))
+    np.testing.assert_array_equal(np.isnan(got), [[False] * 2, [True] * 2, [True] * 2])
+
+
 def test_take_gradient_is_a_scatter() -> None:
     """Repeated ids add up; ids outside the table add nothing anywhere."""
     ids = jnp.array([1, 1, 2, 7], jnp.int32)

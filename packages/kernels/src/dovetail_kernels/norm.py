@@ -36,7 +36,7 @@ def rms_norm(
         residual: added to `x` before; the result is then ``(normed, x + residual)``, the sum in the dtype of `x`.
         axis: which one the features are on.
         weight_offset: added to the weight, 1 in Gemma's models.
-        eps: added to the mean square.
+        eps: added to the mean square; the default is that of Llama's family.
         implementation: a name, an own implementation, or several in order; None chooses.
 
     Raises:
@@ -60,7 +60,7 @@ def layer_norm(
     residual: Float[Array, "*shape"] | None = None,
     axis: int = -1,
     weight_offset: float = 0.0,
-    eps: float = 1e-6,
+    eps: float = 1e-5,
     implementation: Wanted = None,
 ) -> Normed:
     """Take off the mean over an axis and divide by the standard deviation (Ba et al., arXiv:1607.06450).
@@ -72,7 +72,7 @@ def layer_norm(
         residual: added to `x` before; the result is then ``(normed, x + residual)``, the sum in the dtype of `x`.
         axis: which one the features are on.
         weight_offset: added to the weight.
-        eps: added to the variance.
+        eps: added to the variance; the default is PyTorch's (Flax has 1e-6).
         implementation: a name, an own implementation, or several in order; None chooses.
 
     Raises:
@@ -103,7 +103,7 @@ def group_norm(
         groups: how many; 1 takes all features together.
         weight: factor per feature.
         bias: added per feature.
-        eps: added to the variance.
+        eps: added to the variance; the default is PyTorch's (Flax has 1e-6).
 
     Raises:
         ValueError: `groups` does not divide the features, or shapes that do not fit.
@@ -118,6 +118,8 @@ def group_norm(
     if groups < 1 or features % groups:
         raise ValueError(f"groups={groups}; expected a divisor of the {features} features of x {x.shape}")
     _check(x, -1, weight, bias, None)
+    if not x.size:
+        return x
     wide = x.astype(exact(x.dtype)).reshape(x.shape[0], -1, groups, features // groups)
     out = _normalized(wide, (1, 3), eps, centred=True).reshape(x.shape)
     return _scaled(out, weight, bias, 0.0, -1).astype(x.dtype)

@@ -30,7 +30,7 @@ def rope_axes(sections: Sequence[int], *, interleaved: bool = False) -> Int[np.n
         interleaved: axes take turns, and the first has the rest, as in Qwen3-VL; else one after the other.
 
     Raises:
-        ValueError: a section that is negative, or none.
+        ValueError: a section that is negative, or none; one that has no room when axes take turns.
 
     >>> rope_axes([2, 1, 1]).tolist(), rope_axes([4, 2, 1], interleaved=True).tolist()
     ([0, 0, 1, 2], [0, 1, 2, 0, 1, 0, 0])
@@ -42,6 +42,8 @@ def rope_axes(sections: Sequence[int], *, interleaved: bool = False) -> Int[np.n
     axes = np.zeros(sum(sections), np.int32)
     for axis in range(1, len(sections)):
         axes[axis : sections[axis] * len(sections) : len(sections)] = axis
+    if (counts := np.bincount(axes, minlength=len(sections)).tolist()) != list(sections):
+        raise ValueError(f"sections={list(sections)}; taking turns makes them {counts}, expected larger ones first")
     return axes
 
 
@@ -103,11 +105,14 @@ def rope(
 
     Raises:
         ValueError: the table does not belong to these tokens or this head size.
+        TypeError: `x` is not a float.
 
     >>> quarter_turn = RopeTable(jnp.zeros((1, 1)), jnp.ones((1, 1)))
     >>> rope(jnp.asarray([[[1.0, 0.0, 5.0]]]), quarter_turn, rotated=2)
     Array([[[0., 1., 5.]]], dtype=float32)
     """
+    if not jnp.issubdtype(x.dtype, jnp.floating):
+        raise TypeError(f"x has dtype {x.dtype}; expected a float")
     dim = x.shape[-1] if rotated is None and x.ndim else rotated or 0
     if x.ndim < 2 or dim % 2 or not 0 <= dim <= x.shape[-1]:
         raise ValueError(f"x has shape {x.shape}, rotated={rotated}; expected [*tokens, heads, dim] with an even dim")

@@ -82,7 +82,8 @@ class LongRopeScaling:
     """LongRoPE (Ding et al., arXiv:2402.13753): wavelengths times a factor of their own, others for long sequences.
 
     `long_factor` holds where the length is above `original_max_position`. `attention_factor` multiplies cosines and
-    sines; None is ``sqrt(1 + ln(factor) / ln(original_max_position))``, where `factor` is how much longer it got.
+    sines; None is ``sqrt(1 + ln(factor) / ln(original_max_position))``, where `factor` is how much longer it got (1 for
+    a factor of at most 1).
     """
 
     short_factor: tuple[float, ...]
@@ -97,6 +98,8 @@ class LongRopeScaling:
             raise ValueError(f"{self}; expected as many short as long factors, all positive")
         if self.attention_factor is not None:
             _positive(self, "attention_factor")
+        elif self.factor > 1 and self.original_max_position <= 1:
+            raise ValueError(f"{self}; expected original_max_position above 1, or an attention_factor")
 
 
 def _positive(scaling: Any, *names: str) -> None:
@@ -184,8 +187,15 @@ def _longrope(
     factors = scaling.long_factor if (length or 0) > scaling.original_max_position else scaling.short_factor
     if len(factors) != len(base):
         raise ValueError(f"{len(factors)} factors; expected one for each of the {len(base)} frequencies")
-    paper = math.sqrt(1 + math.log(max(scaling.factor, 1.0)) / math.log(scaling.original_max_position))
-    return base / np.asarray(factors), paper if scaling.attention_factor is None else scaling.attention_factor
+    return base / np.asarray(factors), _longrope_attention(scaling)
+
+
+def _longrope_attention(scaling: LongRopeScaling) -> float:
+    if scaling.attention_factor is not None:
+        return scaling.attention_factor
+    if scaling.factor <= 1:
+        return 1.0
+    return math.sqrt(1 + math.log(scaling.factor) / math.log(scaling.original_max_position))
 
 
 def _llama3(base: Float[np.ndarray, " half"], scaling: Llama3Scaling) -> Float[np.ndarray, " half"]:

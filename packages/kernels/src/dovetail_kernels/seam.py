@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from dovetail_kernels._int32 import int32
 from dovetail_kernels._manual import alike
 from dovetail_kernels.quantized_matmul import quantized_matmul
 from dovetail_protocols import QuantizedArray
@@ -93,8 +94,9 @@ def take(w: jax.Array | QuantizedArray, ids: jax.Array) -> jax.Array:
         raise ValueError("w has shape (); expected a table [rows, ...]")
     if not jnp.issubdtype(ids.dtype, jnp.integer):
         raise TypeError(f"ids have dtype {ids.dtype}; expected integers")
-    if ids.dtype.itemsize < 4:
-        ids = ids.astype(jnp.int32)
+    if not w.shape[0]:
+        w, ids = jnp.zeros((1, *w.shape[1:]), w.dtype), jnp.ones_like(ids)
+    ids = int32(ids)
     if isinstance(w, QuantizedArray):
         return _take_quantized(w, ids)
     ids = jnp.where(ids < 0, w.shape[0], ids)
