@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
 from dovetail_kernels import bias_logits, penalize
 
@@ -55,13 +56,51 @@ def test_bias():
     np.testing.assert_allclose(jax.jit(bias_logits)(logits, values, ids), bias_logits(logits, dense), rtol=1e-6)
 
 
+def test_ids_of_any_width():
+    """Narrow ids cannot say where a large vocabulary ends; those past 32 bits become those of other tokens."""
+    logits = jnp.ones((1, 500))
+    narrow = penalize(logits, jnp.asarray([[3, -1]], jnp.int8), presence=1.0)
+    np.testing.assert_array_equal(narrow, logits.at[0, 3].set(0.0))
+    with jax.enable_x64(True):
+        beyond = jnp.asarray([[2**32 + 1, -(2**32) + 1]])
+        np.testing.assert_array_equal(penalize(logits, beyond, prompt=beyond, repetition=2.0, presence=1.0), logits)
+        np.testing.assert_array_equal(bias_logits(logits, jnp.ones((1, 2), jnp.float32), beyond), logits)
+
+
+def test_composes():
+    """A batch of batches, a rematerialised step or rows over devices are penalized as one after the other."""
+    rng = np.random.default_rng(0)
+    logits, history = jnp.asarray(rng.standard_normal((8, 11)), jnp.float32), jnp.asarray(rng.integers(-1, 12, (8, 9)))
+    presence = jnp.asarray(rng.standard_normal(8), jnp.float32)
+
+    def step(logits, history, presence):
+        out = penalize(logits, history, repetition=1.3, presence=presence, frequency=0.5)
+        return bias_logits(out, presence[:, None], history[:, :1])
+
+    expected = step(logits, history, presence)
+    pairs = jax.vmap(step)(*(x.reshape(4, 2, *x.shape[1:]) for x in (logits, history, presence)))
+    np.testing.assert_allclose(pairs.reshape(8, 11), expected, rtol=1e-6)
+    mesh, rows = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), PartitionSpec("data")
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=rows, out_specs=rows)
+    for function in (jax.checkpoint(step), mapped):
+        gradient = jax.jit(jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(function(*x)))))  # noqa: B023
+        value, slope = gradient(logits, history, presence)
+        np.testing.assert_allclose(value, jnp.sum(jnp.sin(expected)), atol=1e-5)
+        seen = (np.asarray(history)[..., None] == np.arange(11)).any(1)
+        factor = np.where(seen, np.where(logits < 0, 1.3, 1 / 1.3), 1)
+        np.testing.assert_allclose(slope, np.cos(expected) * factor, atol=1e-5)
+
+
 @pytest.mark.usefixtures("untyped")
-def test_bad_shapes():
-    """A history of other rows must not be broadcast."""
+def test_bad_input():
+    """A history of other rows must not be broadcast, and a penalty must not make infinities of logits."""
     with pytest.raises(ValueError, match=r"history has shape \(1, 3\); expected 2 rows as logits \(2, 4\)"):
         penalize(jnp.ones((2, 4)), jnp.ones((1, 3), jnp.int32))
     with pytest.raises(ValueError, match=r"prompt has shape \(2,\)"):
         penalize(jnp.ones((2, 4)), jnp.ones((2, 3), jnp.int32), prompt=jnp.ones(2, jnp.int32))
+    for number in (0, -1.5, float("nan")):
+        with pytest.raises(ValueError, match=f"repetition={number}; expected a finite positive number"):
+            penalize(jnp.ones((2, 4)), jnp.ones((2, 3), jnp.int32), repetition=number)
     with pytest.raises(ValueError, match=r"bias has shape \(2, 3\)"):
         bias_logits(jnp.ones((2, 4)), jnp.ones((2, 3)))
     with pytest.raises(ValueError, match=r"bias has shape \(1, 4\), ids \(1, 4\)"):

@@ -219,6 +219,61 @@ def test_logits_that_are_not_finite_show_in_the_logprob():
     assert np.isnan(logprobs(logits, tokens)).tolist() == [True, False, True]
 
 
+def test_infinite_logits_and_nan():
+    """A model that broke must be seen: its token is NaN's or infinity's at any temperature, not a plausible one."""
+    bad = [jnp.inf, jnp.nan, jnp.inf, jnp.nan]
+    logits = jnp.zeros((4, LARGE)).at[jnp.arange(4), jnp.asarray([3, 777, 19000, LARGE - 1])].set(jnp.asarray(bad))
+    for params in ({}, {"top_p": 0.5}, {"top_k": 2, "min_p": 0.1}, {"temperature": jnp.inf}, {"temperature": 0.0}):
+        tokens = DRAWN(logits, how(4, **params))
+        assert tokens.tolist() == [3, 777, 19000, LARGE - 1]
+    assert np.isnan(logprobs(logits, tokens)).all()
+    filtered = JITTED(logits[:2, :800], how(2, top_p=0.5))
+    np.testing.assert_array_equal(filtered, jnp.full((2, 800), -jnp.inf).at[0, 3].set(jnp.inf).at[1, 777].set(jnp.inf))
+    verified = verify_draft(jnp.zeros((2, 1), jnp.int32), logits[:2, None, :800].repeat(2, 1), how(2))
+    assert verified.tokens.tolist() == [[3, -1], [777, -1]]
+
+
+def test_parameters_of_64_bits():
+    """A program with jax_enable_x64 samples other tokens, or none; ids past 32 bits become those of other tokens."""
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((2, LARGE)), jnp.float32)
+    rows, drafts = logits[:, :60].reshape(2, 3, 20), jnp.asarray([[1, 2], [3, 4]], jnp.int32)
+    params = how(2, temperature=0.9, top_k=30, top_p=0.9, min_p=0.01, seed=7, position=3)
+    expected = sample(logits, params), filter_logits(rows[:, 0], params), verify_draft(drafts, rows, params)
+    with jax.enable_x64(True):
+        wide = [np.asarray(x, np.float64 if x.dtype == jnp.float32 else np.int64) for x in params]
+        for each in (params, Sampling(*wide), Sampling(*map(jnp.asarray, wide))):
+            got = sample(logits, each), filter_logits(rows[:, 0], each), verify_draft(drafts, rows, each)
+            jax.tree.map(np.testing.assert_array_equal, got, expected)
+            assert [x.dtype for x in jax.tree.leaves(got)] == [x.dtype for x in jax.tree.leaves(expected)]
+        beyond = jnp.asarray([2**32 + 1] * 2)
+        assert np.isnan(logprobs(logits, beyond)).all()
+        assert not verify_draft(
+            beyond[:, None], jnp.tile(rows[:1, :1].at[..., 1].set(9.0), (2, 2, 1)), params
+        ).kept.any()
+        everything = Sampling(*wide)._replace(top_k=beyond, top_p=params.top_p * 0 + 1, min_p=params.min_p * 0)
+        assert np.isfinite(filter_logits(rows[:, 0], everything)).all()
+
+
+def test_no_rows_and_unknown_ids():
+    """An idle step crashes; the log-probability of padding is a neighbour's."""
+    assert sample(jnp.zeros((0, LARGE)), how(0)).shape == (0,)
+    assert filter_logits(jnp.zeros((0, 50)), how(0)).shape == (0, 50)
+    assert np.isnan(logprobs(jnp.zeros((3, 5)), jnp.asarray([-1, 4, 5], jnp.int8))).tolist() == [True, False, True]
+
+
+@pytest.mark.usefixtures("untyped")
+def test_bad_input():
+    """Parameters of another batch, or logits that are no logits, are refused with their names."""
+    with pytest.raises(TypeError, match="logits have dtype int32; expected a float"):
+        sample(jnp.zeros((2, 5), jnp.int32), how(2))
+    with pytest.raises(ValueError, match=r"logits have shape \(2, 0\); expected at least one token"):
+        filter_logits(jnp.zeros((2, 0)), how(2))
+    with pytest.raises(ValueError, match=r"how.top_p has shape \(1,\); expected \(2,\), one per row"):
+        verify_draft(jnp.zeros((2, 1), jnp.int32), jnp.zeros((2, 2, 5)), how(2)._replace(top_p=jnp.ones(1)))
+    with pytest.raises(TypeError, match=r"how.top_k has dtype float32; expected integers"):
+        sample(jnp.zeros((2, 5)), how(2)._replace(top_k=jnp.ones(2)))
+
+
 def test_rows_over_devices():
     """Each device samples its rows, with replicated parameters or its own, inside shard_map with its checks on."""
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))

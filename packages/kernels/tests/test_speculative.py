@@ -107,6 +107,21 @@ def test_certain_drafts_are_kept():
         assert (tokens[:, 0] >= 0).all()
 
 
+def test_composes():
+    """A batch of batches or a rematerialised step verifies as one row after the other; shard_map is with sampling."""
+    rng = np.random.default_rng(0)
+    target, drafted = (jnp.asarray(rng.standard_normal((4, n, 9)), jnp.float32) for n in (3, 2))
+    drafts, base = jnp.asarray(rng.integers(0, 9, (4, 2))), how(4, top_k=5, seed=jnp.arange(4), position=2)
+
+    def step(drafts, target, base, drafted):
+        return verify_draft(drafts, target, base, draft_logits=drafted)
+
+    expected = step(drafts, target, base, drafted)
+    pairs = jax.tree.map(lambda x: x.reshape(2, 2, *x.shape[1:]), (drafts, target, base, drafted))
+    mapped = jax.tree.map(lambda x: x.reshape(4, *x.shape[2:]), jax.vmap(jax.checkpoint(step))(*pairs))
+    jax.tree.map(np.testing.assert_array_equal, mapped, expected)
+
+
 @pytest.mark.usefixtures("untyped")
 def test_bad_shapes():
     """The target's logits after the last draft are needed too."""

@@ -19,6 +19,7 @@ __all__ = ["BLOCK", "BLOCKS", "Candidates", "Sampling", "argmax", "everything", 
 BLOCK = 32
 BLOCKS = 128
 _COLDEST = 1e-30  # colder ones would make infinities of the logits; at this one only equal logits share the draws
+_HOTTEST = 1e30  # hotter ones would make NaN of infinite logits; at this one all finite logits are the same
 
 
 class Sampling(NamedTuple):
@@ -45,7 +46,7 @@ class Candidates(NamedTuple):
     """Some tokens of each row.
 
     Attributes:
-        scaled: logits divided by the temperature.
+        scaled: logits divided by the temperature; infinite where they are NaN.
         ids: which tokens these are.
         outside: no other token is above this.
         whole: per row, the sum of ``exp(scaled - max(scaled))`` over all tokens; called where it is needed.
@@ -59,14 +60,14 @@ class Candidates(NamedTuple):
 
 def warmth(how: Sampling) -> Float[Array, "rows 1"]:
     """Return what logits are divided by; 1 for rows that take the likeliest token."""
-    return jnp.where(how.temperature > 0, jnp.maximum(how.temperature, _COLDEST), 1.0)[:, None]
+    return jnp.where(how.temperature > 0, jnp.clip(how.temperature, _COLDEST, _HOTTEST), 1.0)[:, None]
 
 
 def everything(logits: Float[Array, "rows vocab"], how: Sampling) -> Candidates:
     """Return all tokens."""
-    scaled = logits / warmth(how)
+    scaled = _ranked(logits) / warmth(how)
     ids, _ = alike(jax.lax.broadcasted_iota(jnp.int32, scaled.shape, 1), scaled)
-    outside, _ = alike(jnp.full(scaled.shape[:1], -jnp.inf), scaled)
+    outside, _ = alike(jnp.full(scaled.shape[:1], -jnp.inf, jnp.float32), scaled)
     return Candidates(scaled, ids, outside, lambda: jnp.sum(_mass(scaled), -1))
 
 
@@ -80,7 +81,7 @@ def likeliest(logits: Float[Array, "rows vocab"], how: Sampling) -> Candidates:
     def whole() -> jax.Array:
         return jnp.sum(jnp.exp(logits / heat - top / heat), -1)
 
-    return Candidates(values / heat, ids, tops[:, -1] / heat[:, 0], whole)
+    return Candidates(_ranked(values) / heat, ids, tops[:, -1] / heat[:, 0], whole)
 
 
 def argmax(logits: Float[Array, "rows vocab"]) -> Int[Array, " rows"]:
@@ -94,15 +95,20 @@ def argmax(logits: Float[Array, "rows vocab"]) -> Int[Array, " rows"]:
 
 def _peaks(logits: Float[Array, "rows vocab"]) -> Float[Array, "rows blocks"]:
     rest = -logits.shape[1] % BLOCK
-    seen = jnp.where(jnp.isnan(logits), jnp.inf, logits)  # a maximum over a window may pass over NaN
+    seen = _ranked(logits)  # a maximum over a window may pass over NaN
     return jax.lax.reduce_window(seen, -jnp.inf, jax.lax.max, (1, BLOCK), (1, BLOCK), ((0, 0), (0, rest)))
+
+
+def _ranked(logits: Float[Array, "rows some"]) -> Float[Array, "rows some"]:
+    return jnp.where(jnp.isnan(logits), jnp.inf, logits)
 
 
 def _tokens(
     logits: Float[Array, "rows vocab"], blocks: Int[Array, "rows picked"]
 ) -> tuple[Float[Array, "rows some"], Int[Array, "rows some"]]:
     rows, vocab = logits.shape
-    ids = (blocks[..., None] * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)).reshape(rows, -1)
+    ids = blocks[..., None] * BLOCK + jnp.arange(BLOCK, dtype=jnp.int32)
+    ids = ids.reshape(rows, blocks.shape[1] * BLOCK)
     values = jnp.take_along_axis(logits, jnp.minimum(ids, vocab - 1), -1, mode="clip")
     return jnp.where(ids < vocab, values, -jnp.inf), ids
 
@@ -114,11 +120,11 @@ def stays(among: Candidates, how: Sampling, vocab: int) -> tuple[Bool[Array, "ro
     """
     scaled, outside = among.scaled, among.outside
     peak = jnp.max(scaled, -1, keepdims=True)
-    bottom, _ = alike(jnp.full(outside.shape, -jnp.inf), outside)
+    bottom, _ = alike(jnp.full(outside.shape, -jnp.inf, jnp.float32), outside)
     by_k, by_p = (how.top_k > 0) & (how.top_k < vocab), how.top_p < 1
 
     def kth() -> jax.Array:
-        return jnp.where(by_k, _largest(scaled, lambda kept: jnp.sum(kept, -1) >= how.top_k), bottom)
+        return jnp.where(by_k, _largest(scaled, lambda kept: jnp.sum(kept, -1, dtype=jnp.int32) >= how.top_k), bottom)
 
     floor = jax.lax.cond(jnp.any(by_k), kth, lambda: bottom)
     proven = ~by_k | (floor > outside)
@@ -135,12 +141,17 @@ def stays(among: Candidates, how: Sampling, vocab: int) -> tuple[Bool[Array, "ro
     lowest = jnp.log(how.min_p)
     proven &= (outside < floor) | (outside - peak[:, 0] < lowest)  # what is outside is filtered out
     proven = (proven | jnp.isneginf(outside)) & jnp.isfinite(peak[:, 0])
-    below = scaled - peak  # exact near the top, unlike a sum with the top
-    return (scaled >= floor[:, None]) & (below >= lowest[:, None]), proven
+    return (scaled >= floor[:, None]) & (_below(scaled) >= lowest[:, None]), proven
 
 
 def _mass(scaled: Float[Array, "rows some"]) -> Float[Array, "rows some"]:
-    return jnp.exp(scaled - jnp.max(scaled, -1, keepdims=True))
+    return jnp.exp(_below(scaled))
+
+
+def _below(scaled: Float[Array, "rows some"]) -> Float[Array, "rows some"]:
+    """Return the differences to the largest, exact near it; 0 where it is it, be it infinite."""
+    peak = jnp.max(scaled, -1, keepdims=True)
+    return jnp.where(scaled == peak, 0.0, scaled - peak)
 
 
 def _largest(

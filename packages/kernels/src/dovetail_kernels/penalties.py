@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dovetail_kernels._int32 import int32
+
 __all__ = ["bias_logits", "penalize"]
 
 
@@ -28,12 +30,12 @@ def penalize(
         logits: any float dtype; the result is float32.
         history: generated tokens; those outside ``[0, vocab)``, such as -1, are padding.
         prompt: tokens that count for `repetition` only.
-        repetition: per row or for all; 1 for none.
+        repetition: per row or for all, positive; 1 for none. Arrays are not checked.
         presence: likewise; 0 for none.
         frequency: likewise; 0 for none.
 
     Raises:
-        ValueError: another number of rows.
+        ValueError: another number of rows, or a `repetition` that is a number but not finite and positive.
 
     >>> penalize(jnp.asarray([[2.0, -2.0, 1.0]]), jnp.asarray([[0, 0, 1, -1]]), repetition=2.0, frequency=0.5)
     Array([[ 0. , -4.5,  1. ]], dtype=float32)
@@ -42,6 +44,8 @@ def penalize(
     for name, ids in (("history", history), ("prompt", prompt)):
         if ids is not None and (ids.ndim != 2 or ids.shape[0] != rows):
             raise ValueError(f"{name} has shape {ids.shape}; expected {rows} rows as logits {logits.shape}")
+    if isinstance(repetition, float | int) and not 0 < repetition < float("inf"):
+        raise ValueError(f"repetition={repetition}; expected a finite positive number, 1 for none")
     logits = logits.astype(jnp.float32)
     count = _counts(history, rows, vocab)
     seen = count > 0
@@ -86,6 +90,7 @@ def _counts(ids: Int[Array, "rows length"], rows: int, vocab: int) -> Int[Array,
 
 
 def _inside(ids: jax.Array, vocab: int) -> jax.Array:
+    ids = int32(ids)
     return jnp.where(ids < 0, vocab, ids)
 
 

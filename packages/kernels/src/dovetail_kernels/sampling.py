@@ -10,6 +10,7 @@ from jax.extend.random import threefry_2x32
 from jaxtyping import Array, Float, Int, UInt32
 
 from dovetail_kernels._candidates import BLOCK, BLOCKS, Candidates, Sampling, argmax, everything, likeliest, stays
+from dovetail_kernels._int32 import int32
 from dovetail_kernels._manual import alike
 
 __all__ = ["Sampling", "filter_logits", "logprobs", "sample", "top_logprobs"]
@@ -19,17 +20,22 @@ def sample(logits: Float[Array, "rows vocab"], how: Sampling) -> Int[Array, " ro
     """Return one token id per row.
 
     Rows of temperature 0 take the first of the likeliest tokens. Others are drawn from the softmax of the filtered
-    logits (see `filter_logits`) by adding Gumbel noise. What no row asks for is not computed.
+    logits (see `filter_logits`) by adding Gumbel noise. What no row asks for is not computed. NaN counts as infinite,
+    at any temperature: a model that broke returns the token where it did, whose `logprobs` is NaN.
 
     Args:
         logits: any float dtype; computed in float32.
-        how: see `Sampling`.
+        how: see `Sampling`; computed in 32 bits.
+
+    Raises:
+        ValueError: `how` is of another number of rows, or there is no token to choose.
+        TypeError: logits that are not floats, or fields of `how` that are no integers where they should be.
 
     >>> how = Sampling(*(jnp.asarray([x]) for x in (0.0, 0, 1.0, 0.0, jnp.uint32(0), 0)))
     >>> sample(jnp.asarray([[0.0, 3.0, 1.0]]), how).tolist()
     [1]
     """
-    logits, *fields = alike(logits, *how)
+    logits, *fields = alike(logits, *checked(logits, how))
     return _sample(logits, Sampling(*fields))
 
 
@@ -60,9 +66,14 @@ def filter_logits(logits: Float[Array, "rows vocab"], how: Sampling) -> Float[Ar
     """Return ``logits / temperature`` with the tokens that may not be sampled at -inf.
 
     The filters apply in the order temperature, top-k, top-p (of what top-k left), min-p, as in transformers. Tokens
-    that tie with the last one that stays, stay too. The likeliest token always stays.
+    that tie with the last one that stays, stay too. The likeliest token always stays; NaN counts as infinite, and
+    comes out so.
+
+    Raises:
+        ValueError: as `sample`.
+        TypeError: as `sample`.
     """
-    logits, *fields = alike(logits, *how)
+    logits, *fields = alike(logits, *checked(logits, how))
     return _filter(logits, Sampling(*fields))
 
 
@@ -87,10 +98,14 @@ def _filter(logits: Float[Array, "rows vocab"], how: Sampling) -> Float[Array, "
 
 
 def logprobs(logits: Float[Array, "rows vocab"], tokens: Int[Array, " rows"]) -> Float[Array, " rows"]:
-    """Return the natural log-probability of one token per row, in float32; NaN where the logits are not finite."""
-    logits = logits.astype(jnp.float32)
+    """Return the natural log-probability of one token per row, in float32.
+
+    NaN where a logit is NaN or infinite, and for a token outside ``[0, vocab)``.
+    """
+    logits, tokens = logits.astype(jnp.float32), int32(tokens)
     chosen = jnp.take_along_axis(logits, tokens[:, None], -1, mode="clip")[:, 0]
-    return chosen - jax.nn.logsumexp(logits, -1)
+    known = (tokens >= 0) & (tokens < logits.shape[1])
+    return jnp.where(known, chosen, jnp.nan) - jax.nn.logsumexp(logits, -1)
 
 
 def top_logprobs(
@@ -100,6 +115,22 @@ def top_logprobs(
     logits = logits.astype(jnp.float32)
     values, ids = jax.lax.top_k(logits, count)
     return values - jax.nn.logsumexp(logits, -1, keepdims=True), ids.astype(jnp.int32)
+
+
+def checked(logits: Float[Array, "rows *steps vocab"], how: Sampling) -> Sampling:
+    """Return the parameters in 32 bits, if they are those of these rows."""
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise TypeError(f"logits have dtype {logits.dtype}; expected a float")
+    if not logits.shape[-1]:
+        raise ValueError(f"logits have shape {logits.shape}; expected at least one token to choose")
+    for name, x in how._asdict().items():
+        if x.shape != logits.shape[:1]:
+            raise ValueError(f"how.{name} has shape {x.shape}; expected {logits.shape[:1]}, one per row of logits")
+        if name in ("top_k", "seed", "position") and not jnp.issubdtype(x.dtype, jnp.integer):
+            raise TypeError(f"how.{name} has dtype {x.dtype}; expected integers")
+    temperature, top_p, min_p = (jnp.asarray(x, jnp.float32) for x in (how.temperature, how.top_p, how.min_p))
+    seed = jnp.asarray(how.seed, jnp.uint32)
+    return Sampling(temperature, int32(how.top_k), top_p, min_p, seed, int32(how.position))
 
 
 def _large(logits: Float[Array, "rows vocab"]) -> bool:
@@ -131,7 +162,11 @@ def gumbel(
 def uniform(seed: UInt32[Array, " draws"], position: Int[Array, " draws"], stream: int) -> Float[Array, " draws"]:
     """Return one number in [0, 1) per seed and position, from a stream of its own."""
     keys = _keys(seed, position, jnp.full(seed.shape, stream, jnp.int32))
-    return jax.vmap(lambda key: jax.random.uniform(jax.random.wrap_key_data(key, impl="threefry2x32")))(keys)
+
+    def row(key: jax.Array) -> jax.Array:
+        return jax.random.uniform(jax.random.wrap_key_data(key, impl="threefry2x32"), dtype=jnp.float32)
+
+    return jax.vmap(row)(keys)
 
 
 def _keys(seed: jax.Array, position: jax.Array, stream: jax.Array) -> UInt32[Array, "rows 2"]:

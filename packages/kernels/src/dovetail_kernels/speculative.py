@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from dovetail_kernels._candidates import argmax
-from dovetail_kernels.sampling import Sampling, filter_logits, gumbel, uniform
+from dovetail_kernels._int32 import int32
+from dovetail_kernels.sampling import Sampling, checked, filter_logits, gumbel, uniform
 
 __all__ = ["Verified", "verify_draft"]
 
@@ -45,7 +46,7 @@ def verify_draft(
     independent of those with which `sample` draws drafts at the same seeds and positions.
 
     Args:
-        drafts: proposed tokens.
+        drafts: proposed tokens; one outside ``[0, vocab)`` is never kept.
         target_logits: the model's, before each draft and after the last one; filtered as `how` says.
         how: per row; `position` is that of the first draft.
         draft_logits: what the drafts were drawn from, already filtered and divided by a temperature, as from
@@ -54,6 +55,7 @@ def verify_draft(
 
     Raises:
         ValueError: shapes that do not belong together.
+        TypeError: as `sample`.
 
     >>> how = Sampling(*(jnp.asarray([x]) for x in (0.0, 0, 1.0, 0.0, jnp.uint32(0), 0)))
     >>> target = jnp.asarray([[[0.0, 3.0, 1.0], [2.0, 0.0, 1.0], [0.0, 0.0, 1.0]]])  # likeliest: 1, 0, 2
@@ -66,8 +68,9 @@ def verify_draft(
         raise ValueError(f"target_logits {target_logits.shape}; expected {(rows, steps + 1, 'vocab')}, one after each")
     if draft_logits is not None and draft_logits.shape != (rows, steps, vocab):
         raise ValueError(f"draft_logits {draft_logits.shape}; expected {(rows, steps, vocab)}")
-    lengths = jnp.full((rows,), steps, jnp.int32) if lengths is None else jnp.clip(lengths, 0, steps)
-    return _verify(drafts, target_logits, how, draft_logits, lengths)
+    how = checked(target_logits, how)
+    lengths = jnp.full((rows,), steps, jnp.int32) if lengths is None else jnp.clip(int32(lengths), 0, steps)
+    return _verify(int32(drafts), target_logits, how, draft_logits, lengths)
 
 
 @jax.jit
@@ -81,9 +84,9 @@ def _verify(
     best = argmax(logits).reshape(rows, steps + 1)
     filtered = filter_logits(logits, each).reshape(target_logits.shape)
     random = (how.temperature > 0)[:, None, None]
-    p = jnp.where(random, jax.nn.softmax(filtered, -1), jax.nn.one_hot(best, vocab))
+    p = jnp.where(random, jax.nn.softmax(filtered, -1), jax.nn.one_hot(best, vocab, dtype=jnp.float32))
     q = _proposal(drafts, draft_logits, lengths, vocab)
-    places = how.position[:, None] + jnp.arange(steps, dtype=how.position.dtype)
+    places = how.position[:, None] + jnp.arange(steps, dtype=jnp.int32)
     chance = uniform(jnp.repeat(how.seed, steps), places.reshape(-1), _KEEP).reshape(rows, steps)
     at = drafts[..., None]
     p_draft, q_draft = (jnp.take_along_axis(x[:, :steps], at, -1, mode="clip")[..., 0] for x in (p, q))
@@ -98,7 +101,7 @@ def _verify(
     drawn = argmax(jax.lax.optimization_barrier(last + noise))
     token = jnp.where(how.temperature > 0, drawn, jnp.take_along_axis(best, end, -1)[:, 0])
     place = jnp.arange(steps + 1, dtype=jnp.int32)
-    padded = jnp.pad(drafts.astype(jnp.int32), ((0, 0), (0, 1)))
+    padded = jnp.pad(drafts, ((0, 0), (0, 1)))
     tokens = jnp.where(place < end, padded, jnp.where(place == end, token[:, None], -1))
     return Verified(tokens, kept)
 
@@ -111,7 +114,7 @@ def _proposal(
 ) -> Float[Array, "rows drafts+1 vocab"]:
     """Return the probabilities that drafts had; all 0 where there is no draft, so that p - q is p."""
     drawn = None if draft_logits is None else jax.nn.softmax(draft_logits.astype(jnp.float32), -1)
-    q = jax.nn.one_hot(drafts, vocab) if drawn is None else drawn
+    q = jax.nn.one_hot(drafts, vocab, dtype=jnp.float32) if drawn is None else drawn
     there = jnp.arange(drafts.shape[1], dtype=jnp.int32) < lengths[:, None]
     return jnp.pad(jnp.where(there[..., None], q, 0.0), ((0, 0), (0, 1), (0, 0)))
 

@@ -1,0 +1,18 @@
+"""Ids, lengths and sizes of any integer dtype in the one that indices are computed in."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+__all__ = ["int32"]
+
+
+def int32(x: Any) -> jax.Array:
+    """Return integers as int32; what does not fit becomes the nearest that does, never another valid one."""
+    if not jnp.issubdtype(x.dtype, jnp.integer):
+        raise TypeError(f"dtype {x.dtype}; expected integers")
+    own, wide = jnp.iinfo(x.dtype), jnp.iinfo(jnp.int32)
+    if own.max > wide.max:
+        x = x.clip(max(own.min, wide.min), wide.max)
+    return jnp.asarray(x, jnp.int32)
