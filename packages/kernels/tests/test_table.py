@@ -3,7 +3,11 @@
 import inspect
 
 import dovetail_kernels
-from dovetail_kernels.table import OPERATIONS, markdown
+from dovetail_kernels.table import FUNCTIONS, OPERATIONS, markdown
+
+MASKS = {"causal", "chunked", "dense", "lengths", "prefix", "segments", "window"}
+CHOICES = {"configured", "explain", "prefer", "tune", "tuned"}
+ON_THE_HOST = {"rope_axes", "rope_frequencies"}
 
 
 def test_every_operation_is_a_public_function() -> None:
@@ -13,6 +17,14 @@ def test_every_operation_is_a_public_function() -> None:
     for name in names:
         function = getattr(dovetail_kernels, name)
         assert "implementation" in inspect.signature(function).parameters, name
+
+
+def test_every_function_is_there() -> None:
+    """A new function is in the documentation with its derivatives and errors, or it makes masks, choices or tables."""
+    public = {name for name in dovetail_kernels.__all__ if inspect.isfunction(getattr(dovetail_kernels, name))}
+    plain = [function.name for function in FUNCTIONS]
+    assert plain == sorted(set(plain))
+    assert {*plain, *(operation.name for operation in OPERATIONS)} == public - MASKS - CHOICES - ON_THE_HOST
 
 
 def test_every_operation_has_the_textbook_form() -> None:
@@ -31,3 +43,5 @@ def test_documentation_says_it_all() -> None:
         assert operation.error in text
         for implementation in operation.implementations:
             assert f"| `{operation.name}` | `{implementation.name}` |" in text
+    for function in FUNCTIONS:
+        assert f"| `{function.name}` | cpu, gpu, tpu | {function.gradient} | {function.accumulation} |" in text
