@@ -82,7 +82,7 @@ def test_files(tmp_path: Path) -> None:
         ("[]", "expected format 'dovetail-kernels tuning 1'"),
         ('{"format": "dovetail-kernels tuning 9", "entries": []}', "expected format"),
         ('{"format": "dovetail-kernels tuning 1"}', "entries"),
-        ('{"format": "dovetail-kernels tuning 1", "entries": [{"device": "cpu"}]}', "missing"),
+        ('{"format": "dovetail-kernels tuning 1", "entries": [{"device": "cpu"}]}', "expected the fields operation, device"),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, message: str) -> None:

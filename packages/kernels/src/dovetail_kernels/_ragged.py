@@ -19,7 +19,7 @@ from dovetail_kernels._manual import alike
 from dovetail_kernels.operation import Call
 from dovetail_protocols import QuantizedArray
 
-__all__ = ["configs", "ragged_dot"]
+__all__ = ["configs", "ragged_dot", "ranges"]
 
 SLACK = 1.25
 BLOCK = 64
@@ -82,9 +82,14 @@ def ragged_dot(
     how = How(slack, block, precision, preferred_element_type)
     leaves, tree = jax.tree.flatten((lhs, _per_group(rhs), group_sizes))
     lhs, rhs, group_sizes = jax.tree.unflatten(tree, alike(*leaves))
-    ends = jnp.minimum(jnp.cumsum(jnp.maximum(group_sizes, 0)), rows)
-    begins = jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]])
+    begins, ends = ranges(group_sizes, rows)
     return _dot(how, lhs, rhs, Segments(begins[None], (ends - begins)[None]))
+
+
+def ranges(sizes: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """Return where each group begins and ends; the running sum stops at the last row, so that it cannot wrap."""
+    ends = jax.lax.associative_scan(lambda a, b: a + jnp.minimum(b, rows - a), jnp.clip(sizes, 0, rows))
+    return jnp.concatenate([jnp.zeros_like(ends[:1]), ends[:-1]]), ends
 
 
 def _per_group(rhs: Any) -> Any:

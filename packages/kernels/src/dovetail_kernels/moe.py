@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer
 
 from dovetail_kernels._dtypes import exact
+from dovetail_kernels._int32 import int32
 from dovetail_kernels._manual import alike
 
 __all__ = [
@@ -108,7 +109,7 @@ def route(
     weights = jnp.take_along_axis(scores, experts, axis=1)
     if renormalize:
         total = jnp.sum(weights, axis=1, keepdims=True)
-        weights = weights / jnp.maximum(total, jnp.finfo(total.dtype).tiny)
+        weights = weights / _positive(total)
     return Routing(experts, weights * scale if scale != 1 else weights, scores)
 
 
@@ -131,6 +132,11 @@ def _check_route(logits: Any, top_k: int, scoring: str, bias: Any, groups: Exper
         available = groups.keep * size
     if not 0 < top_k <= available:
         raise ValueError(f"top_k={top_k}; expected between 1 and the {available} experts to choose from")
+
+
+def _positive(total: jax.Array) -> jax.Array:
+    """Return sums of scores to divide by; all scores of a sigmoid may underflow to 0."""
+    return jnp.maximum(total, jnp.finfo(total.dtype).tiny)
 
 
 def _within(choice: jax.Array, groups: ExpertGroups) -> jax.Array:
@@ -192,7 +198,7 @@ def expert_load(
     live = jnp.ones((tokens,), bool) if where is None else where
     column = jnp.arange(experts, dtype=routing.experts.dtype)
     chosen = jnp.sum((routing.experts[:, :, None] == column).astype(routing.scores.dtype), axis=1)
-    share = routing.scores / jnp.sum(routing.scores, axis=1, keepdims=True)
+    share = routing.scores / _positive(jnp.sum(routing.scores, axis=1, keepdims=True))
     z = jax.nn.logsumexp(logits.astype(routing.scores.dtype), axis=1) ** 2
 
     def total(x: jax.Array) -> jax.Array:
@@ -254,10 +260,10 @@ def sort_by_expert(
     Array([False, False,  True], dtype=bool)
     """
     _check_sort(experts, num_experts, capacity, where)
-    count = experts.size
+    experts, count = int32(experts), experts.size
     live = (experts >= 0) & (experts < num_experts)
     live = live if where is None else live & where[:, None]
-    keys = jnp.where(live, experts, num_experts).astype(jnp.int32).reshape(-1)
+    keys = jnp.where(live, experts, num_experts).reshape(-1)
     ranks, sizes = _ranks(keys, num_experts)
     if capacity is None:
         rows, begins = count, jnp.cumsum(sizes) - sizes
@@ -341,6 +347,8 @@ def _check_rows(name: str, x: Any, rows: int, what: str) -> None:
 
 
 def _take(x: jax.Array, index: jax.Array) -> jax.Array:
+    if not x.shape[0]:
+        return jnp.zeros_like(x, shape=(*index.shape, *x.shape[1:]))
     return jnp.take(x, index, axis=0, mode="fill", fill_value=0)
 
 

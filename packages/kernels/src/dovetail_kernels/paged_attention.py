@@ -12,6 +12,7 @@ from jaxtyping import Array, Float, Int
 
 from dovetail_kernels import _paged
 from dovetail_kernels._dtypes import exact
+from dovetail_kernels._int32 import int32
 from dovetail_kernels.attention import Attended
 from dovetail_kernels.operation import Call, Implementation, Operation, Wanted
 from dovetail_kernels.paged_cache import Pool, check_scales, gather_pages
@@ -144,8 +145,8 @@ def _attend(
     window, sinks, softcap, scale = (options[name] for name in ("window", "sinks", "softcap", "scale"))
     _check_rows(query, tables, lengths, rows, positions)
     _check_options(query, window, sinks, softcap)
-    tables, lengths = tables.astype(jnp.int32), lengths.astype(jnp.int32)
-    rows, positions = (None if x is None else x.astype(jnp.int32) for x in (rows, positions))
+    tables, lengths = int32(tables), int32(lengths)
+    rows, positions = (None if x is None else int32(x) for x in (rows, positions))
     if 0 in (*query.shape[:2], *tables.shape, *key_pages.shape[:3]):
         wide = exact(query.dtype)
         out = jnp.zeros((*query.shape[:2], options["value_dim"]), query.dtype)
@@ -233,15 +234,20 @@ def _reference(
     if rows is None:
         rows = jnp.repeat(jnp.arange(count, dtype=jnp.int32), time // count)
     safe = jnp.clip(rows, 0, count - 1)
-    keys = gather_pages(key_pages, tables, lengths).astype(wide)[safe]
-    values = keys if value_pages is None else gather_pages(value_pages, tables, lengths).astype(wide)[safe]
+    places, at = jnp.arange(tables.shape[1] * key_pages.shape[2], dtype=jnp.int32), positions[:, None]
+    sees = (places <= at) & (places < lengths[safe][:, None]) & (rows == safe)[:, None]
+    sees = sees if window is None else sees & (places > at - window)
+
+    def copied(pages: Any) -> jax.Array:
+        return jnp.where(sees[:, None, :, None], gather_pages(pages, tables, lengths).astype(wide)[safe], 0)
+
+    keys = copied(key_pages)
+    values = keys if value_pages is None else copied(value_pages)
     grouped = query.astype(wide).reshape(time, keys.shape[1], -1, keys.shape[3])
     z = jnp.einsum("tkgd,tksd->tkgs", grouped, keys).reshape(time, heads, -1) * scale
     if softcap is not None:
         z = softcap * jnp.tanh(z / softcap)
-    places, at = jnp.arange(keys.shape[2], dtype=jnp.int32), positions[:, None]
-    sees = (places <= at) & (places < lengths[safe][:, None]) & (rows == safe)[:, None]
-    sees = (sees if window is None else sees & (places > at - window))[:, None]
+    sees = sees[:, None]
     z = jnp.where(sees, z, -jnp.inf)
     extra = jnp.full((heads, 1), -jnp.inf, wide) if sinks is None else sinks.astype(wide)[:, None]
     peak = jnp.maximum(jnp.max(z, -1, keepdims=True), extra)

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dovetail_kernels._int32 import int32
 from dovetail_protocols import QuantizedArray
 
 __all__ = ["Pool", "empty_pages", "gather_pages", "page_slots", "update_pages"]
@@ -77,10 +78,11 @@ def update_pages(
             f"pages {pages.shape}, new {new.shape}, page_ids {page_ids.shape}, slots {slots.shape}; "
             "expected [pages, kv_heads, page_size, dim], [tokens, kv_heads, dim], [tokens] and [tokens]"
         )
+    page_ids, slots = int32(page_ids), int32(slots)
     if not isinstance(pages, QuantizedArray):
         return _written(pages, new, page_ids, slots)
     check_scales(pages)
-    values, scale = _quantized(new, pages.qvalue.dtype)
+    values, scale = _quantized(new, pages.qvalue.dtype, pages.scale.dtype)
     return QuantizedArray(
         _written(pages.qvalue, values, page_ids, slots),
         _written(pages.scale, scale, page_ids, slots),
@@ -100,17 +102,20 @@ def page_slots(
         positions: of each token in its row.
         page_size: tokens per page.
 
+    Raises:
+        ValueError: `page_size` below 1.
+
     >>> page_slots(jnp.array([[5, 2]]), jnp.array([0, 0, -1]), jnp.array([1, 7, 0]), 4)[0].tolist()
     [5, 2, -1]
     """
-    count, width = tables.shape
-    pages = positions // page_size
+    if page_size < 1:
+        raise ValueError(f"page_size={page_size}; expected at least 1")
+    (count, width), (tables, rows, positions) = tables.shape, (int32(x) for x in (tables, rows, positions))
+    pages, slots = positions // page_size, positions % page_size
     exists = (rows >= 0) & (rows < count) & (pages >= 0) & (pages < width)
     if 0 in tables.shape:
-        return jnp.full_like(rows, -1), positions % page_size
-    return jnp.where(exists, tables[jnp.clip(rows, 0, count - 1), jnp.clip(pages, 0, width - 1)], -1), (
-        positions % page_size
-    )
+        return jnp.full_like(rows, -1), slots
+    return jnp.where(exists, tables[jnp.clip(rows, 0, count - 1), jnp.clip(pages, 0, width - 1)], -1), slots
 
 
 def gather_pages(
@@ -121,12 +126,13 @@ def gather_pages(
     Args:
         pages: the pool.
         tables: the pages of each row; what is not needed for its length may be anything.
-        lengths: tokens per row.
+        lengths: tokens per row; in a pool without pages, what they need is 0.
 
     >>> pool = jnp.arange(12.0).reshape(3, 1, 2, 2)
     >>> gather_pages(pool, jnp.array([[2, 0]]), jnp.array([3])).tolist()
     [[[[8.0, 9.0], [10.0, 11.0], [0.0, 1.0], [0.0, 0.0]]]]
     """
+    tables, lengths = int32(tables), int32(lengths)
     if not isinstance(pages, QuantizedArray):
         return _gathered(pages, tables, lengths)
     held, scale = (_gathered(x, tables, lengths) for x in (pages.qvalue, pages.scale))
@@ -134,6 +140,8 @@ def gather_pages(
 
 
 def _gathered(pool: jax.Array, tables: jax.Array, lengths: jax.Array) -> jax.Array:
+    if not pool.shape[0]:
+        pool = jnp.zeros_like(pool, shape=(1, *pool.shape[1:]))
     held = jnp.moveaxis(pool.at[tables].get(mode="clip"), 1, -3)  # [rows, kv_heads, pages, page_size, dim]
     held = held.reshape(*held.shape[:-3], held.shape[-3] * held.shape[-2], held.shape[-1])
     own = jnp.arange(held.shape[-2], dtype=jnp.int32) < lengths[:, None]
@@ -148,13 +156,17 @@ def check_scales(pages: QuantizedArray) -> None:
         )
 
 
-def _quantized(new: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
-    """Return values and scales so that the largest value of a token and head is the dtype's largest."""
+def _quantized(new: jax.Array, dtype: Any, scale_dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Return values and scales so that the largest value of a token and head is the dtype's largest.
+
+    Values are rounded with the scale as it is kept, which in 16 bits may be too small for the largest by its rounding.
+    """
     new = new.astype(jnp.float32)
     integer = jnp.issubdtype(dtype, jnp.integer)
     most = float(jnp.iinfo(dtype).max if integer else jnp.finfo(dtype).max)
-    scale = jnp.max(jnp.abs(new), -1, keepdims=True) / most
-    scaled = new / jnp.where(scale > 0, scale, jnp.ones((), scale.dtype))
+    scale = (jnp.max(jnp.abs(new), -1, keepdims=True) / most).astype(scale_dtype)
+    kept = scale.astype(jnp.float32)
+    scaled = jnp.clip(new / jnp.where(kept > 0, kept, jnp.ones((), kept.dtype)), -most, most)
     return (jnp.round(scaled) if integer else scaled).astype(dtype), scale
 
 
@@ -179,7 +191,7 @@ def _one_by_one(pool: jax.Array, new: jax.Array, page_ids: jax.Array, slots: jax
 
     def write(index: Any, pool: jax.Array) -> jax.Array:
         at = [jnp.zeros((), jnp.int32)] * pool.ndim
-        at[0], at[-2] = page_ids[index].astype(jnp.int32), slots[index].astype(jnp.int32)
+        at[0], at[-2] = page_ids[index], slots[index]
         return jax.lax.cond(
             inside[index], lambda: jax.lax.dynamic_update_slice(pool, new[index].reshape(block), at), lambda: pool
         )

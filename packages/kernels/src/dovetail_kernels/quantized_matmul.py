@@ -1,8 +1,9 @@
 """Products of activations with quantized weights.
 
-``reference`` dequantizes the whole weight. ``blocked`` never holds it: a block of its inner rows is dequantized at a
-time, and scales that are the same for all inner rows multiply the result instead. With ``activations="int8"`` both
-operands are integers, whose products a CPU computes several times faster than those of floats.
+``reference`` dequantizes the whole weight. ``blocked`` dequantizes a block of its inner rows at a time, 256 of them or
+those that share a scale where these are more, so that it never holds more of the float weight than that; scales that
+are the same for all inner rows multiply the result instead. With ``activations="int8"`` both operands are integers,
+whose products a CPU computes several times faster than those of floats.
 """
 
 import math
@@ -26,6 +27,7 @@ QuantizedActivations: TypeAlias = Literal["int8"] | None
 
 ROWS = 256
 LEAST_ROWS = 4
+MOST_ROWS = (2**31 - 1) // (127 * 128)  # whose products of activations and weights an int32 can sum
 
 
 def quantized_matmul(
@@ -35,7 +37,7 @@ def quantized_matmul(
     activations: QuantizedActivations = None,
     implementation: Wanted = None,
 ) -> Float[Array, "*tokens outer"]:
-    r"""Return ``x @ w.dequantize()`` in the dtype of `x`, without the dequantized weight in memory.
+    r"""Return ``x @ w.dequantize()`` in the dtype of `x`, with a block of the dequantized weight in memory at a time.
 
     Sums are float32 (float64 for float64). With ``activations="int8"`` each row of `x` is rounded to 255 levels,
 
@@ -96,13 +98,12 @@ def _columns(part: jax.Array, outer: int) -> jax.Array:
 def _reference(
     *, x: jax.Array, qvalue: jax.Array, scale: jax.Array, zero_point: jax.Array | None, activations: Any
 ) -> jax.Array:
-    wide = exact(x.dtype)
-    weight = _dequantized(qvalue, scale.astype(wide), zero_point)
-    if activations is None:
-        return (x.astype(wide) @ weight).astype(x.dtype)
-    levels, unit = _rounded(x.astype(wide))
-    near = levels * unit
-    return ((x + jax.lax.stop_gradient(near - x)) @ jax.lax.stop_gradient(weight)).astype(x.dtype)
+    wide = x.astype(exact(x.dtype))
+    weight = _dequantized(qvalue, scale.astype(wide.dtype), zero_point)
+    if activations is not None:
+        levels, unit = _rounded(wide)
+        wide, weight = wide + jax.lax.stop_gradient(levels * unit - wide), jax.lax.stop_gradient(weight)
+    return (wide @ weight).astype(x.dtype)
 
 
 def _dequantized(qvalue: jax.Array, scale: jax.Array, zero_point: jax.Array | None) -> jax.Array:
@@ -117,9 +118,12 @@ def _rounded(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _supports(call: Call) -> Literal[True] | str:
-    if call.platform == "cpu" or call.arguments["activations"] is not None:
-        return True
-    return f"needs platform cpu, not {call.platform}, unless activations are int8"
+    if call.arguments["activations"] is None:
+        needs = f"needs platform cpu, not {call.platform}, unless activations are int8"
+        return True if call.platform == "cpu" else needs
+    qvalue, scale, zero_point = (call.arguments[name] for name in ("qvalue", "scale", "zero_point"))
+    rows = qvalue.shape[0] // _groups(scale, zero_point)
+    return True if rows <= MOST_ROWS else f"{rows} inner rows share a scale; int32 holds the sums of {MOST_ROWS}"
 
 
 def _configs(call: Call) -> Iterator[dict[str, int]]:
@@ -186,7 +190,7 @@ def _integers(x: jax.Array, qvalue: jax.Array, scale: jax.Array, zero_point: jax
     """Return products of integers, exact, times both scales; groups of inner rows are a batch."""
     levels, unit = _rounded(x)
     rows, (inner, outer) = x.shape[0], qvalue.shape
-    groups = math.lcm(*(part.shape[0] for part in (scale, zero_point) if part is not None))
+    groups = _groups(scale, zero_point)
     levels = levels.astype(jnp.int8).reshape(rows, groups, inner // groups).swapaxes(0, 1)
     levels = jnp.pad(levels, ((0, 0), (0, max(0, LEAST_ROWS - rows)), (0, 0)))
     shift = 128 if qvalue.dtype == jnp.uint8 else 0
@@ -194,10 +198,15 @@ def _integers(x: jax.Array, qvalue: jax.Array, scale: jax.Array, zero_point: jax
     sums = jax.lax.dot_general(levels, weight, (((2,), (1,)), ((0,), (0,))), preferred_element_type=jnp.int32)
     out = sums[:, :rows].astype(x.dtype)
     if zero_point is not None or shift:
-        zero_point = jnp.zeros((1, 1)) if zero_point is None else zero_point
+        zero_point = jnp.zeros((1, 1), x.dtype) if zero_point is None else zero_point
         total = jnp.sum(levels[:, :rows], axis=2, dtype=jnp.int32).astype(x.dtype)[..., None]
         out = out - total * _per(zero_point.astype(x.dtype) - shift, groups)
     return jnp.sum(out * _per(scale, groups), axis=0) * unit
+
+
+def _groups(*parts: Any) -> int:
+    """Return how many groups of inner rows have the same scale and zero point."""
+    return math.lcm(*(part.shape[0] for part in parts if part is not None))
 
 
 def _per(part: jax.Array, groups: int) -> jax.Array:

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Integer
 
 from dovetail_kernels import _ragged
 from dovetail_kernels._dtypes import exact
+from dovetail_kernels._int32 import int32
 from dovetail_kernels.operation import Call, Implementation, Operation, Wanted
 from dovetail_protocols import QuantizedArray
 
@@ -57,7 +58,7 @@ def ragged_dot(
         implementation,
         lhs=lhs,
         rhs=rhs,
-        group_sizes=group_sizes.astype(jnp.int32),
+        group_sizes=int32(group_sizes),
         precision=precision,
         preferred_element_type=dtype,
     )
@@ -81,9 +82,9 @@ def _reference(
     wide = max((exact(x) for x in (lhs.dtype, preferred_element_type)), key=lambda dtype: dtype.itemsize)
     if isinstance(rhs, QuantizedArray):
         rhs = jax.lax.stop_gradient(rhs).dequantize()
-    sizes = jnp.maximum(group_sizes, 0)
-    ends, row = jnp.cumsum(sizes), jnp.arange(lhs.shape[0], dtype=jnp.int32)[:, None]
-    mine = (row >= ends - sizes) & (row < ends)
+    begins, ends = _ragged.ranges(group_sizes, lhs.shape[0])
+    row = jnp.arange(lhs.shape[0], dtype=jnp.int32)[:, None]
+    mine = (row >= begins) & (row < ends)
     safe = jnp.where(row < ends[-1], lhs, jnp.zeros((), lhs.dtype)).astype(wide)
     every = jnp.einsum("mk,gkn->mgn", safe, rhs.astype(wide), precision=precision)
     return jnp.sum(jnp.where(mine[:, :, None], every, jnp.zeros((), wide)), axis=1).astype(preferred_element_type)

@@ -51,7 +51,7 @@ def triangle_multiplication(
 
     Args:
         pairs: features of all pairs.
-        weights: parameters.
+        weights: parameters, multiplied in the dtype of the pairs, in which the result is too.
         mask: pairs that take part as edges; default all.
         outgoing: which of the two updates.
         eps: of the normalisations.
@@ -99,16 +99,16 @@ def _reference(
     *, pairs: jax.Array, weights: TriangleWeights, mask: jax.Array | None, outgoing: bool, eps: float
 ) -> jax.Array:
     n, features = pairs.shape[1:]
+    products = weights.project_in, weights.gate_in, weights.project_out, weights.gate_out
+    project_in, gate_in, project_out, gate_out = (x.astype(pairs.dtype) for x in products)
     flat = layer_norm(pairs.reshape(-1, features), *weights.norm_in, eps=eps)
-    edges = (
-        flat @ weights.project_in.reshape(features, -1) * jax.nn.sigmoid(flat @ weights.gate_in.reshape(features, -1))
-    )
+    edges = flat @ project_in.reshape(features, -1) * jax.nn.sigmoid(flat @ gate_in.reshape(features, -1))
     if mask is not None:
         edges = jnp.where(mask.reshape(-1, 1), edges, jnp.zeros((), edges.dtype))
     left, right = edges.reshape(n, n, 2, -1).transpose(2, 3, 0, 1)
     sums = jnp.einsum("hik,hjk->ijh" if outgoing else "hki,hkj->ijh", left, right)
-    mixed = layer_norm(sums.reshape(n * n, -1), *weights.norm_out, eps=eps) @ weights.project_out
-    return (mixed * jax.nn.sigmoid(flat @ weights.gate_out)).reshape(n, n, -1)
+    mixed = layer_norm(sums.reshape(n * n, -1), *weights.norm_out, eps=eps) @ project_out
+    return (mixed * jax.nn.sigmoid(flat @ gate_out)).reshape(n, n, -1)
 
 
 TRIANGLE_MULTIPLICATION = Operation(

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import logging
 import math
@@ -81,8 +82,9 @@ class Store:
 
     @functools.cached_property
     def digest(self) -> str:
-        """SHA-256 of the choices, for a run's fingerprint."""
-        return hashlib.sha256(_canonical([dataclasses.asdict(x) for x in self._sorted()]).encode()).hexdigest()
+        """SHA-256 of the choices, for a run's fingerprint; how much faster they were measured to be is no part."""
+        choices = [dataclasses.asdict(x) | {"speedup": None} for x in self._sorted()]
+        return hashlib.sha256(_canonical(choices).encode()).hexdigest()
 
     def __eq__(self, other: object) -> bool:
         """Compare choices."""
@@ -109,19 +111,19 @@ class Store:
         """Read a file that `save` wrote.
 
         Raises:
-            ValueError: it is not one, or names an operation or implementation that does not exist.
+            ValueError: it is not one, or names an operation, implementation or keyword that does not exist, or has a
+                value that could not be used.
             OSError: it cannot be read.
         """
         try:
             content = json.loads(Path(path).read_text())
             if not isinstance(content, dict) or content.get("format") != FORMAT:
                 raise ValueError(f"expected format {FORMAT!r}")
-            entries = tuple(Entry(**x) for x in content["entries"])
-            for entry in entries:
-                _named(entry.operation).named(entry.implementation)
-        except (ValueError, TypeError, KeyError) as error:
+            if not isinstance(entries := content.get("entries"), list):
+                raise ValueError(f"entries={entries!r}; expected a list")
+            return cls(tuple(_entry(f"entries[{index}]", x) for index, x in enumerate(entries)))
+        except ValueError as error:
             raise ValueError(f"{path} is not a tuning store: {error}") from error
-        return cls(entries)
 
     def __call__(self, operation: Operation, call: Call) -> tuple[Configured, str] | None:
         """Return the nearest choice for a call on this device and where it comes from, or None."""
@@ -146,6 +148,53 @@ class Store:
 
     def _sorted(self) -> list[Entry]:
         return sorted(self.entries, key=lambda entry: entry.key)
+
+
+def _entry(where: str, fields: Any) -> Entry:
+    """Return an entry of a file; what would fail only once something is traced is refused here."""
+    if not isinstance(fields, dict) or fields.keys() != _FIELDS.keys():
+        raise ValueError(f"{where}={fields!r}; expected the fields {', '.join(_FIELDS)}")
+    for name, (fits, expectation) in _FIELDS.items():
+        if not fits(fields[name]):
+            raise ValueError(f"{where}.{name}={fields[name]!r}; expected {expectation}")
+    entry = Entry(**fields)
+    operation = _named(entry.operation)
+    operation.named(entry.implementation)
+    (function,) = (x.function for x in operation.implementations if x.name == entry.implementation)
+    keywords = [name for name, x in inspect.signature(function).parameters.items() if x.default is not x.empty]
+    if not set(entry.config) <= set(keywords):
+        raise ValueError(f"{where}.config={fields['config']!r}; {entry.implementation!r} has the keywords {keywords}")
+    return entry
+
+
+def _is_text(x: Any) -> bool:
+    return isinstance(x, str)
+
+
+def _is_length(x: Any) -> bool:
+    return type(x) is int and x > 0
+
+
+def _is_setting(x: Any) -> bool:
+    return (
+        _is_length(x)
+        or (isinstance(x, float) and 0 <= x < math.inf)
+        or (isinstance(x, list) and all(map(_is_length, x)))
+    )
+
+
+_FIELDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "operation": (_is_text, "a name"),
+    "device": (_is_text, "a name"),
+    "exactly": (lambda x: isinstance(x, dict), "values by name"),
+    "sizes": (lambda x: isinstance(x, dict) and all(map(_is_length, x.values())), "lengths of at least 1 by name"),
+    "implementation": (_is_text, "a name"),
+    "config": (
+        lambda x: isinstance(x, dict) and all(map(_is_setting, x.values())),
+        "keywords with whole numbers of at least 1, lists of them, or fractions of at least 0",
+    ),
+    "speedup": (lambda x: isinstance(x, float | int) and 0 < x < math.inf, "a positive number"),
+}
 
 
 def _canonical(x: Any) -> str:
@@ -216,8 +265,8 @@ def tune(
     """Try the implementations and configurations of every operation in a function, and return what was faster.
 
     The whole function is compiled and timed with its real arguments, each candidate in turn with the best so far, so
-    that a choice counts only by what it brings there. A candidate whose results differ is refused, and one that needs
-    more than four times the memory.
+    that a choice counts only by what it brings there. A candidate that fails or whose results differ is refused, and
+    one that needs more than four times the memory.
 
     Args:
         function: plain or jitted; every argument is an array or a pytree of them.
@@ -248,7 +297,7 @@ def tune(
                 _log.info("tune: %s %s needs %d bytes", candidate.implementation, candidate.config, _memory(compiled))
                 continue
             same = _close(compiled(*args), expected)
-        except jax.errors.JaxRuntimeError as error:  # such as out of memory
+        except Exception as error:  # noqa: BLE001  out of memory, or whatever a trace of it raises: others may do
             _log.warning("tune: %s %s fails: %s", candidate.implementation, candidate.config, error)
             continue
         if not same:
