@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Integer
 
 from dovetail_kernels import _blocked, _cudnn
@@ -268,4 +269,5 @@ ATTENTION = Operation(
     accumulation="float32 (float64 for float64)",
     error="1e-5 of the largest value in float32, 1e-2 in bfloat16",
     key=_key,
+    outcome=lambda _, axes: (PartitionSpec(*axes["query"][:3]),) * 2,
 )

@@ -7,6 +7,7 @@ from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dovetail_kernels import _recurrent
@@ -191,4 +192,5 @@ CAUSAL_CONV1D = Operation(
     accumulation="float32 (float64 for float64)",
     error="1e-6 of the largest value in float32, 1e-2 in bfloat16",
     key=_key,
+    outcome=lambda _, axes: (PartitionSpec(*axes["x"]), PartitionSpec(axes["x"][0], None, axes["x"][2])),
 )

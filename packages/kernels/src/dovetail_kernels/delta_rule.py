@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dovetail_kernels import _recurrent
@@ -289,4 +290,5 @@ GATED_DELTA_RULE = Operation(
     accumulation="float32 (float64 for float64)",
     error="1e-4 of the largest value in float32 for keys of length 1, 1e-2 in bfloat16",
     key=_key,
+    outcome=lambda _, axes: (PartitionSpec(*axes["value"][:3]), PartitionSpec(axes["value"][0], axes["value"][2])),
 )

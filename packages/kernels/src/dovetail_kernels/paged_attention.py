@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dovetail_kernels import _paged
@@ -288,4 +289,5 @@ PAGED_ATTENTION = Operation(
     accumulation="float32 (float64 for float64)",
     error="1e-5 of the largest value in float32, 1e-2 in bfloat16",
     key=_key,
+    outcome=lambda _, axes: (PartitionSpec(*axes["query"][:2]),) * 2,
 )

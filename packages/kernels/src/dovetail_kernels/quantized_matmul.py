@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from dovetail_kernels._dtypes import exact
@@ -256,4 +257,5 @@ QUANTIZED_MATMUL = Operation(
     accumulation="float32 (float64 for float64); int32 with int8 activations",
     error="1e-6 of the largest value in float32, 1e-2 in bfloat16; of rounded activations with int8",
     key=_key,
+    outcome=lambda _, axes: PartitionSpec(axes["x"][0]),
 )

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dovetail_kernels import _recurrent
@@ -238,4 +239,5 @@ SSD = Operation(
     accumulation="float32 (float64 for float64)",
     error="1e-5 of the largest value in float32, 1e-2 in bfloat16",
     key=_key,
+    outcome=lambda _, axes: (PartitionSpec(*axes["x"][:3]), PartitionSpec(axes["x"][0], axes["x"][2])),
 )

@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float
 
 from dovetail_kernels.norm import layer_norm
@@ -116,4 +117,5 @@ TRIANGLE_MULTIPLICATION = Operation(
     (Implementation("reference", _reference),),
     accumulation="that of the products: float32 (float64 for float64)",
     error="1e-5 of the largest value in float32",
+    outcome=lambda _, axes: PartitionSpec(*axes["pairs"][:2]),
 )
