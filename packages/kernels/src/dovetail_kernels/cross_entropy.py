@@ -12,8 +12,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Integer
 
-from dovetail_kernels._dtypes import exact, narrow
+from dovetail_kernels._dtypes import exact
 from dovetail_kernels._head import check_head, check_rows, dequantized, only, weighted, whole_vocabulary
+from dovetail_kernels._int32 import int32
 from dovetail_kernels._rows import Head, Job, Layer, Softmax, configs, each, find, summed
 from dovetail_kernels.operation import Call, Implementation, Operation, Wanted
 from dovetail_protocols import QuantizedArray
@@ -109,7 +110,7 @@ def linear_cross_entropy(
     if ignore_index is not None:
         ones = jnp.ones(targets.shape, exact(hidden.dtype)) if weights is None else weights
         weights = jnp.where(targets == ignore_index, 0, ones)
-    targets = narrow(targets)
+    targets = int32(targets)
     if weights is not None:
         hidden, targets = only(weights != 0, (hidden, targets))
     if hidden.shape[0] == 0:

@@ -13,8 +13,9 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Integer
 
-from dovetail_kernels._dtypes import exact, narrow
+from dovetail_kernels._dtypes import exact
 from dovetail_kernels._head import check_head, check_rows, check_static, dequantized, only, weighted
+from dovetail_kernels._int32 import int32
 from dovetail_kernels._rows import Head, Job, Layer, Softmax, configs, each, summed
 from dovetail_kernels.operation import Call, Implementation, Operation, Wanted
 from dovetail_protocols import QuantizedArray
@@ -143,7 +144,7 @@ def _check_teacher(hidden: Any, weight: Any, teacher: Any) -> None:
 def _constant(teacher: Any, live: jax.Array | None) -> Any:
     """Return a teacher without gradients, with nothing in the rows that do not count."""
     if isinstance(teacher, TopLogprobs):
-        logprobs, ids = jax.lax.stop_gradient(teacher.logprobs), narrow(teacher.ids)
+        logprobs, ids = jax.lax.stop_gradient(teacher.logprobs), int32(teacher.ids)
         if live is None:
             return TopLogprobs(logprobs, ids)
         distinct = jnp.arange(ids.shape[1], dtype=jnp.int32)
