@@ -98,6 +98,6 @@ def attention(
 def _batched_in_front(x: jax.Array) -> jax.Array:
     """Return the array; under `jax.vmap` its mapped axis is the first, in the gradient too: jax's call takes no other.
 
-    That is what the rule of a reshape does.
+    That is what the rules of a squeeze do; no other axis is touched, they may be spread over devices.
     """
-    return x.reshape(-1).reshape(x.shape)
+    return jax.lax.squeeze(jax.lax.expand_dims(x, (0,)), (0,))
