@@ -81,6 +81,20 @@ def test_leading_axes_and_dtypes() -> None:
     np.testing.assert_allclose(jax.vmap(lambda x: gated_linear_unit(x, gate, up))(x), expected, atol=1e-5)
 
 
+def test_many_tokens_with_both_weights_in_one() -> None:
+    """A unit with one array for both weights trains as one with two does, however many tokens it gets."""
+    x, gate, up = (jnp.asarray(a, jnp.float32) for a in draw((300, 4), (4, 6), (4, 6)))
+    bias = jnp.asarray(draw((2, 6))[0], jnp.float32)
+    got = jax.grad(lambda x, both: jnp.sum(gated_linear_unit(x, both, gate_bias=bias) ** 2), (0, 1))
+    expected = jax.grad(
+        lambda x, *w: jnp.sum(gated_linear_unit(x, *w, gate_bias=bias[0], up_bias=bias[1]) ** 2), (0, 1, 2)
+    )
+    first, both = jax.jit(got)(x, jnp.stack([gate, up], 1))
+    second, *each = jax.jit(expected)(x, gate, up)
+    np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(both, jnp.stack(each, 1), rtol=1e-5, atol=1e-4)
+
+
 def test_quantized_weights() -> None:
     """Weights pass the seam: a quantized one gives what its values give."""
     (x,) = draw((3, 4))

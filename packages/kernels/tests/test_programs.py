@@ -11,22 +11,27 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from dovetail_kernels import (
     CrossEntropyOptions,
+    Sampling,
     Teacher,
     TriangleWeights,
     attention,
     causal,
     causal_conv1d,
     distillation_loss,
+    filter_logits,
     gated_delta_rule,
     linear_cross_entropy,
     paged_attention,
     quantized_matmul,
     ragged_dot,
     rms_norm,
+    sample,
     segments,
     ssd,
+    take,
     token_logprobs,
     triangle_multiplication,
+    verify_draft,
 )
 from dovetail_protocols import QuantizedArray
 
@@ -41,6 +46,10 @@ class Kind(NamedTuple):
     shapes: tuple[tuple[int, ...], ...]
     specs: tuple[PartitionSpec, ...]
     result: PartitionSpec
+
+
+def _ids(x: Any) -> jax.Array:
+    return (jnp.abs(x) * 5).astype(jnp.int32)  # some beyond the table
 
 
 def _targets(hidden: Any) -> jax.Array:
@@ -110,6 +119,10 @@ KINDS = {
         (ROWS,),
         ROWS,
     ),
+    "lookup": Kind(lambda w, x: take(w, _ids(x)), ((6, 3), (8,)), (WHOLE, ROWS), ROWS),
+    "lookup in 16 bits": Kind(
+        lambda w, x: take(w.astype(jnp.bfloat16), _ids(x)).astype(jnp.float32), ((6, 3), (8,)), (WHOLE, ROWS), ROWS
+    ),
     "convolution": Kind(lambda x, w: causal_conv1d(x, w)[0], ((4, 9, 5), (5, 3)), (ROWS, WHOLE), ROWS),
 }
 
@@ -144,6 +157,23 @@ def test_explicit_axes(kind: Kind) -> None:
     assert found[0].sharding.is_equivalent_to(NamedSharding(mesh, kind.result), found[0].ndim)
     for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(expected), strict=True):
         np.testing.assert_allclose(np.asarray(a), b, rtol=1e-5, atol=1e-5)
+
+
+def test_sampling_with_explicit_axes() -> None:
+    """A server whose batch is spread over devices samples the same tokens."""
+    logits = jnp.asarray(np.random.default_rng(0).standard_normal((8, 3, 9)), jnp.float32)
+    ones, number = jnp.ones(8), jnp.arange(8, dtype=jnp.uint32)
+    how = Sampling(ones, jnp.full(8, 4), ones, 0 * ones, number, number.astype(jnp.int32))
+
+    @jax.jit
+    def run(logits: jax.Array, how: Sampling) -> Any:
+        drafts = jnp.zeros((8, 2), jnp.int32)
+        return sample(logits[:, 0], how), filter_logits(logits[:, 1], how), verify_draft(drafts, logits, how)
+
+    mesh = jax.make_mesh((4,), ("data",), devices=jax.devices()[:4])
+    with jax.set_mesh(mesh):
+        found = run(*jax.tree.map(lambda x: jax.device_put(x, NamedSharding(mesh, ROWS)), (logits, how)))
+    jax.tree.map(np.testing.assert_array_equal, found, run(logits, how))
 
 
 @pytest.mark.parametrize("name", ["attention", "loss", "grouped product", "delta rule"])

@@ -7,11 +7,13 @@ of its logits, its seed and its position alone.
 import jax
 import jax.numpy as jnp
 from jax.extend.random import threefry_2x32
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
 from dovetail_kernels._candidates import BLOCK, BLOCKS, Candidates, Sampling, argmax, everything, likeliest, stays
 from dovetail_kernels._int32 import int32
 from dovetail_kernels._manual import alike
+from dovetail_kernels._programs import partitioned
 
 __all__ = ["Sampling", "filter_logits", "logprobs", "sample", "top_logprobs"]
 
@@ -35,13 +37,14 @@ def sample(logits: Float[Array, "rows vocab"], how: Sampling) -> Int[Array, " ro
     >>> sample(jnp.asarray([[0.0, 3.0, 1.0]]), how).tolist()
     [1]
     """
-    logits, *fields = alike(logits, *checked(logits, how))
-    return _sample(logits, Sampling(*fields))
+    given = {"logits": logits, "how": checked(logits, how)}
+    return partitioned(_sample, given, lambda _, axes: PartitionSpec(axes["logits"][0]))
 
 
 @jax.jit
 def _sample(logits: Float[Array, "rows vocab"], how: Sampling) -> Int[Array, " rows"]:
-    logits = logits.astype(jnp.float32)
+    logits, *fields = alike(logits.astype(jnp.float32), *how)
+    how = Sampling(*fields)
     best = argmax(logits)
     random = how.temperature > 0
 
@@ -73,13 +76,14 @@ def filter_logits(logits: Float[Array, "rows vocab"], how: Sampling) -> Float[Ar
         ValueError: as `sample`.
         TypeError: as `sample`.
     """
-    logits, *fields = alike(logits, *checked(logits, how))
-    return _filter(logits, Sampling(*fields))
+    given = {"logits": logits, "how": checked(logits, how)}
+    return partitioned(_filter, given, lambda _, axes: PartitionSpec(axes["logits"][0]))
 
 
 @jax.jit
 def _filter(logits: Float[Array, "rows vocab"], how: Sampling) -> Float[Array, "rows vocab"]:
-    logits = logits.astype(jnp.float32)
+    logits, *fields = alike(logits.astype(jnp.float32), *how)
+    how = Sampling(*fields)
     among = everything(logits, how)
 
     def from_all() -> jax.Array:

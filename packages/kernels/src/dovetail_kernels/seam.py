@@ -8,9 +8,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
 from dovetail_kernels._int32 import int32
 from dovetail_kernels._manual import alike
+from dovetail_kernels._programs import partitioned
 from dovetail_kernels.quantized_matmul import quantized_matmul
 from dovetail_protocols import QuantizedArray
 
@@ -96,7 +98,14 @@ def take(w: jax.Array | QuantizedArray, ids: jax.Array) -> jax.Array:
         raise TypeError(f"ids have dtype {ids.dtype}; expected integers")
     if not w.shape[0]:
         w, ids = jnp.zeros((1, *w.shape[1:]), w.dtype), jnp.ones_like(ids)
-    ids = int32(ids)
+
+    def result(_: Any, axes: Any) -> PartitionSpec:
+        return PartitionSpec(*axes["ids"], *(axis if axis not in axes["ids"] else None for axis in axes["w"][1:]))
+
+    return partitioned(_taken, {"w": w, "ids": int32(ids)}, result)
+
+
+def _taken(w: jax.Array | QuantizedArray, ids: jax.Array) -> jax.Array:
     if isinstance(w, QuantizedArray):
         return _take_quantized(w, ids)
     ids = jnp.where(ids < 0, w.shape[0], ids)

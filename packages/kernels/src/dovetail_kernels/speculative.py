@@ -8,10 +8,12 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dovetail_kernels._candidates import argmax
 from dovetail_kernels._int32 import int32
+from dovetail_kernels._programs import partitioned
 from dovetail_kernels.sampling import Sampling, checked, filter_logits, gumbel, uniform
 
 __all__ = ["Verified", "verify_draft"]
@@ -70,7 +72,9 @@ def verify_draft(
         raise ValueError(f"draft_logits {draft_logits.shape}; expected {(rows, steps, vocab)}")
     how = checked(target_logits, how)
     lengths = jnp.full((rows,), steps, jnp.int32) if lengths is None else jnp.clip(int32(lengths), 0, steps)
-    return _verify(int32(drafts), target_logits, how, draft_logits, lengths)
+    given = {"drafts": int32(drafts), "target_logits": target_logits, "how": how, "draft_logits": draft_logits}
+    given["lengths"] = lengths
+    return partitioned(_verify, given, lambda _, axes: PartitionSpec(axes["target_logits"][0]))
 
 
 @jax.jit
