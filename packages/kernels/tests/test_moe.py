@@ -108,6 +108,8 @@ def test_expert_load() -> None:
             np.testing.assert_allclose(load.z_loss[i], z.mean(), rtol=1e-5)
     nobody = expert_load(logits, route(logits, 1), where=jnp.zeros(24, bool))
     assert not any(np.asarray(x).any() for x in nobody)
+    cold = jnp.full((4, 3), -200.0)  # every score is 0 in float32
+    assert not np.asarray(expert_load(cold, route(cold, 1, scoring="sigmoid")).probabilities).any()
 
 
 def check_dispatch(experts: np.ndarray, live: np.ndarray, count: int, capacity: int | None, got: Dispatch) -> None:
@@ -145,9 +147,25 @@ def test_sort_by_expert(data: st.DataObject) -> None:
 
 
 def test_sort_of_nothing() -> None:
-    """A batch without tokens has experts without rows."""
+    """A batch without tokens has experts without rows, and the way there and back ends with no token."""
     none = jnp.zeros((0, 2), jnp.int32)
     check_dispatch(np.asarray(none), np.zeros((0, 1), bool), 3, None, sort_by_expert(none, 3))
+    for capacity, rows in ((None, 0), (2, 6)):
+        dispatch = sort_by_expert(none, 3, capacity=capacity)
+        spread, pull = jax.vjp(lambda x, d=dispatch: permute(x, d), jnp.ones((0, 4)))
+        np.testing.assert_array_equal(spread, np.zeros((rows, 4)))
+        assert pull(spread)[0].shape == (0, 4)
+        back, pull = jax.vjp(lambda y, w, d=dispatch: combine(y, w, d), spread, jnp.ones((0, 2)))
+        assert back.shape == (0, 4)
+        assert [x.shape for x in pull(back)] == [(rows, 4), (0, 2)]
+
+
+def test_ids_of_any_width() -> None:
+    """Narrow ids cannot say where many experts end, and drop everything; wide ones become other experts."""
+    assert sort_by_expert(jnp.array([[1], [100], [-1]], jnp.int8), 200).places[:, 0].tolist() == [0, 1, 3]
+    with jax.enable_x64(True):
+        beyond = jnp.asarray([[2**32 + 1, 3, 1 - 2**32]])
+        assert sort_by_expert(beyond, 4).group_sizes.tolist() == [0, 0, 0, 1]
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=["float32", "bfloat16"])

@@ -209,6 +209,33 @@ def test_nan_of_one_row_stays_there(implementation: Any) -> None:
     assert np.isnan(out[1]).any()
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=NAMES)
+def test_nan_that_no_token_sees(implementation: Any) -> None:
+    """Pages before the window that a server has freed, or tokens that were rejected, poison their own row."""
+    case = Case((30, 17), (2, 1), window=5, ragged=True)
+    made = make(case)
+    spoilt, tables = dict(made.arguments), np.asarray(made.arguments["tables"])
+    positions = jnp.where(spoilt["rows"] == 1, spoilt["positions"] - 6, spoilt["positions"])
+    for name in ("key_pages", "value_pages"):  # row 0 sees 24 to 29, row 1 sees 6 to 10, in pages of 4
+        ids = np.concatenate([tables[0, :6], tables[1, [0, 3]]])
+        spoilt[name] = spoilt[name].at[ids].set(jnp.nan).at[tables[1, 2], :, 3].set(jnp.nan)
+    call = jax.jit(functools.partial(paged_attention, window=5, implementation=implementation))
+    got, expected = (call(**x | {"positions": positions}) for x in (spoilt, made.arguments))
+    assert np.isfinite(expected).all()
+    np.testing.assert_allclose(got, expected, atol=1e-6)
+
+
+def test_ids_past_32_bits() -> None:
+    """They become those of another request's row, or of tokens that it has not written yet."""
+    made = make(CASES["decode"])
+    with jax.enable_x64(True):
+        rows, positions = jnp.asarray([0, 2**32, 0, 0]), jnp.asarray([8, 8, 2**32 + 2, 2])
+        got = np.asarray(paged_attention(**made.arguments, rows=rows, positions=positions, implementation="reference"))
+        last = paged_attention(**made.arguments, rows=rows * 0, positions=positions * 0 + 8, implementation="reference")
+    assert not got[1].any()
+    np.testing.assert_allclose(got[2], last[2], atol=1e-6)
+
+
 @pytest.mark.parametrize("implementation", ["reference", "blocked"])
 def test_empty_axes_give_zeros(implementation: str) -> None:
     """No rows, no tokens or no pages is a clean result, not a crash in a loop over nothing."""

@@ -59,6 +59,32 @@ def test_rounding(dtype: str, most: float, bound: float) -> None:
     np.testing.assert_allclose(np.abs(scaled).max(-1), np.where(largest[..., 0] > 0, most, 0))
 
 
+def test_values_fit_the_scale_that_is_kept() -> None:
+    """16-bit scales are rounded: with values of the exact scale every token is too large or too small by that."""
+    dense = new((5, 2, 4, 64)) * 3.0
+    pool = update_pages(empty_pages((5, 2, 4, 64), "int8", jnp.bfloat16), dense, IDS, SLOTS)
+    scale, values = (np.asarray(x, np.float64)[IDS[KEPT], :, SLOTS[KEPT]] for x in (pool.scale, pool.qvalue))
+    wanted = np.asarray(dense, np.float64)[KEPT]
+    worst = np.maximum(0.501 * scale, np.abs(wanted) - 127 * scale)  # half a step, except beyond the last one
+    assert (np.abs(values * scale - wanted) <= worst).all()
+
+
+def test_ids_of_any_width() -> None:
+    """Narrow ids cannot say where a large pool ends; those past 32 bits are written to other requests' pages."""
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.int8):
+        pool = empty_pages((300, 1, 2, 3), dtype)
+        written = update_pages(pool, jnp.ones((2, 1, 3)), jnp.array([5, -1], jnp.int8), jnp.array([1, 0], jnp.int8))
+        dense = written.dequantize() if isinstance(written, QuantizedArray) else written
+        np.testing.assert_allclose(dense, jnp.zeros((300, 1, 2, 3)).at[5, 0, 1].set(1.0), rtol=1e-6)
+    with jax.enable_x64(True):
+        beyond, zero = jnp.asarray([2**32 + 1]), jnp.asarray([0])
+        for ids, slots in ((beyond, zero), (zero, beyond)):
+            assert not np.asarray(update_pages(jnp.zeros((3, 2, 4)), jnp.ones((1, 4)), ids, slots)).any()
+        tables = jnp.asarray([[2, 1]])
+        for rows, positions in ((beyond, zero), (zero, beyond)):
+            assert page_slots(tables, rows, positions, 4)[0].tolist() == [-1]
+
+
 def test_read_back() -> None:
     """A row's copy holds another row's tokens, or what a page held before."""
     rng = np.random.default_rng(0)
@@ -77,6 +103,8 @@ def test_read_back() -> None:
     scale = jnp.full((7, 2, 4, 1), 2.0)
     doubled = gather_pages(QuantizedArray(pool.astype(jnp.float8_e4m3fn), scale), tables, lengths)
     np.testing.assert_allclose(doubled, 2 * got, rtol=0.07, atol=0.01)
+    empty = gather_pages(pool[:0], tables, jnp.array([0, 0]))
+    np.testing.assert_array_equal(empty, np.zeros(got.shape))
 
 
 def test_slots() -> None:
@@ -122,6 +150,8 @@ def test_bad_input() -> None:
         update_pages(coarse, new(), IDS, SLOTS)
     with pytest.raises(ValueError, match=r"shape=\(4,\); expected \(pages"):
         empty_pages((4,), jnp.float32)
+    with pytest.raises(ValueError, match="page_size=0; expected at least 1"):
+        page_slots(jnp.array([[5]]), jnp.array([0]), jnp.array([0]), 0)
     for dtype in (jnp.int32, jnp.float8_e5m2, bool):
         with pytest.raises(TypeError, match="expected a float of 16 bits or more"):
             empty_pages(SHAPE, dtype)

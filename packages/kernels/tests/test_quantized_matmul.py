@@ -93,6 +93,10 @@ def test_dtypes() -> None:
     out = quantized_matmul(x, w, implementation=SMALL)
     assert out.dtype == jnp.bfloat16
     close(out, np.asarray(x, np.float64) @ dense(w), 1e-2)
+    for implementation in (SMALL, "reference"):
+        out = quantized_matmul(x, w, activations="int8", implementation=implementation)
+        assert out.dtype == jnp.bfloat16
+        close(out, rounded(np.asarray(x, np.float32)) @ dense(w), 1e-2)
     with jax.enable_x64(True):
         x = draw(3, INNER, dtype=jnp.float64)
         for implementation in (SMALL, "reference"):
@@ -109,6 +113,17 @@ def test_scales_can_be_trained() -> None:
 
     expected = jax.grad(loss)(w.scale, "reference")
     np.testing.assert_allclose(jax.grad(loss)(w.scale, SMALL), expected, atol=1e-3)
+
+
+def test_sums_that_int32_cannot_hold() -> None:
+    """The largest integers over very many inner rows would wrap to plausible numbers of the other sign."""
+    inner = 2**18
+    x, w = jnp.ones((1, inner)), QuantizedArray(jnp.full((inner, 1), -128, jnp.int8), jnp.ones((1, 1)))
+    assert quantized_matmul(x, w, activations="int8").tolist() == [[-128.0 * inner]]
+    with pytest.raises(ValueError, match=f"{inner} inner rows share a scale; int32 holds the sums of 132104"):
+        quantized_matmul(x, w, activations="int8", implementation="blocked")
+    halves = QuantizedArray(w.qvalue, jnp.ones((2, 1)))
+    assert quantized_matmul(x, halves, activations="int8", implementation="blocked").tolist() == [[-128.0 * inner]]
 
 
 def test_empty_axes() -> None:

@@ -153,11 +153,24 @@ def test_groups_do_not_touch_each_other(implementation: Any) -> None:
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS, ids=NAMES)
 def test_sizes_that_reach_too_far(implementation: Any) -> None:
-    """Sizes past the rows are cut off, negative ones are empty: nothing is read out of bounds."""
+    """Sizes past the rows are cut off, negative ones are empty: nothing is read out of bounds, and no sum wraps."""
     lhs, rhs, _, cotangent = make(CASES["even"])
-    for sizes, meant in (((5, 0, 60, 7, 1), (5, 0, 56, 0, 0)), ((-3, 15, -9, 2, 30), (0, 15, 0, 2, 30))):
+    most = 2**31 - 1
+    for sizes, meant in (
+        ((5, 0, 60, 7, 1), (5, 0, 56, 0, 0)),
+        ((-3, 15, -9, 2, 30), (0, 15, 0, 2, 30)),
+        ((2, most, most, 3, most), (2, 59, 0, 0, 0)),
+    ):
         got = run(implementation, lhs, rhs, jnp.array(sizes, jnp.int32), cotangent)
         compare(got, truth(lhs, rhs, jnp.array(meant), cotangent), 1e-5)
+
+
+def test_sizes_of_64_bits() -> None:
+    """A size past 32 bits becomes a small one, and rows meet the wrong matrix."""
+    lhs, rhs, _, cotangent = make(CASES["uneven"])
+    with jax.enable_x64(True):
+        out = ragged_dot(lhs, rhs, jnp.asarray([3, 0, 2**32 + 1, -(2**32) + 1, 5]))
+    compare([out], truth(lhs, rhs, jnp.array([3, 0, 58, 0, 0]), cotangent)[:1], 1e-5)
 
 
 @pytest.mark.parametrize("implementation", ["reference", "blocked"])

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 from jax.test_util import check_grads
 
 from dovetail_kernels import TriangleWeights, triangle_multiplication
@@ -76,6 +77,39 @@ def test_gradients() -> None:
             return jnp.sum(jnp.sin(triangle_multiplication(x, weights, kept)))
 
         check_grads(jax.jit(loss), (x, weights), order=2, modes=["rev"], atol=1e-4, rtol=1e-4)
+
+
+def test_pairs_have_their_own_dtype() -> None:
+    """16-bit activations with float32 parameters come out wider than they went in."""
+    pairs, w, mask = make()
+    weights = TriangleWeights(**jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), w))
+    got = triangle_multiplication(jnp.asarray(pairs, jnp.bfloat16), weights, jnp.asarray(mask))
+    assert got.dtype == jnp.bfloat16
+    expected = truth(pairs, w, mask, True)
+    assert np.abs(np.asarray(got, np.float64) - expected).max() < 0.05 * np.abs(expected).max()
+
+
+def test_composes() -> None:
+    """Under vmap, checkpoint and shard_map a batch has the gradients of one after the other."""
+    _, w, mask = make()
+    weights = TriangleWeights(**jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), w))
+    batch = jnp.asarray(np.random.default_rng(1).standard_normal((8, N, N, C)), jnp.float32)
+
+    def loss(weights: TriangleWeights, pairs: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.sin(triangle_multiplication(pairs, weights, jnp.asarray(mask))))
+
+    gradient = jax.jit(jax.grad(loss))
+    expected = jax.tree.map(lambda *x: sum(x), *(gradient(weights, pairs) for pairs in batch))
+
+    def each(weights: TriangleWeights, batch: jax.Array) -> jax.Array:
+        return jnp.sum(jax.vmap(jax.checkpoint(loss), (None, 0))(weights, batch))
+
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    specs = PartitionSpec(), PartitionSpec("data")
+    mapped = jax.shard_map(jax.grad(each), mesh=mesh, in_specs=specs, out_specs=PartitionSpec())
+    for function in (jax.grad(each), mapped):
+        found = jax.jit(function)(weights, batch)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), found, expected)
 
 
 def test_empty() -> None:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import time
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,8 @@ def test_files(tmp_path: Path) -> None:
     store.save(path)
     assert Store.load(path) == store == Store((b, a))
     assert hash(Store.load(path)) == hash(store)
+    again = Store((dataclasses.replace(a, speedup=9.0), b))  # the same choices, measured on another day
+    assert (again, hash(again), again.digest) == (store, hash(store), store.digest)
     other = dataclasses.replace(a, config={"rows": 32})
     assert (store | Store((other,))).digest != store.digest
     assert len((store | Store((other,))).entries) == 2
@@ -82,7 +85,10 @@ def test_files(tmp_path: Path) -> None:
         ("[]", "expected format 'dovetail-kernels tuning 1'"),
         ('{"format": "dovetail-kernels tuning 9", "entries": []}', "expected format"),
         ('{"format": "dovetail-kernels tuning 1"}', "entries"),
-        ('{"format": "dovetail-kernels tuning 1", "entries": [{"device": "cpu"}]}', "expected the fields operation, device"),
+        (
+            '{"format": "dovetail-kernels tuning 1", "entries": [{"device": "cpu"}]}',
+            "expected the fields operation, device",
+        ),
     ],
 )
 def test_bad_files(tmp_path: Path, text: str, message: str) -> None:
@@ -107,6 +113,33 @@ def test_unknown_names_in_a_file(tmp_path: Path) -> None:
             Store.load(path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value", "expectation"),
+    [
+        ("sizes", {"time": 0}, "lengths of at least 1"),
+        ("sizes", {"time": "64"}, "lengths of at least 1"),
+        ("sizes", [64], "lengths of at least 1"),
+        ("exactly", 3, "values by name"),
+        ("config", [3], "keywords with whole numbers"),
+        ("config", {"rows": 0}, "keywords with whole numbers"),
+        ("config", {"rwos": 16}, "'blocked' has the keywords"),
+        ("device", 3, "a name"),
+        ("speedup", "fast", "a positive number"),
+        ("entries", {}, "a list"),
+    ],
+)
+def test_damaged_entries(tmp_path: Path, field: str, value: Any, expectation: str) -> None:
+    """A damaged store fails in the middle of a run, in a trace that does not know the file."""
+    path = tmp_path / "x.json"
+    Store((entry(rows=16), entry(1024))).save(path)
+    content = json.loads(path.read_text())
+    (content if field == "entries" else content["entries"][1])[field] = value
+    path.write_text(json.dumps(content))
+    where = "entries" if field == "entries" else f"entries[1].{field}"
+    with pytest.raises(ValueError, match=rf"x\.json.*{re.escape(f'{where}={value!r}')}; .*{expectation}"):
+        Store.load(path)
+
+
 def slow(x: jax.Array) -> jax.Array:
     def wait(x: Any) -> Any:
         time.sleep(0.02)
@@ -115,13 +148,14 @@ def slow(x: jax.Array) -> jax.Array:
     return jax.pure_callback(wait, jax.ShapeDtypeStruct(x.shape, x.dtype), x)
 
 
-def test_tune_finds_what_is_faster_and_right(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The fast implementation wins, the one with other results never does, though it is as fast."""
+def test_tune_finds_what_is_faster_and_right(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    """The fast implementation wins; the one with other results never does, nor the one that cannot be traced."""
     slow_first = Operation(
         "wait",
         (
             Implementation("slow", slow),
             Implementation("wrong", lambda x: x * 0.5),
+            Implementation("broken", lambda x: x.reshape(-1, 2)),
             Implementation("fast", lambda x, sign=1: x * sign, configs=lambda call: ({"sign": -1},)),
         ),
         "none",
@@ -133,6 +167,8 @@ def test_tune_finds_what_is_faster_and_right(monkeypatch: pytest.MonkeyPatch) ->
     (found,) = store.entries
     assert (found.implementation, dict(found.config), found.device) == ("fast", {}, "cpu")
     assert found.speedup > 2
+    assert "tune: wrong {} gives other results" in caplog.text
+    assert "tune: broken {} fails: cannot reshape" in caplog.text
     with tuned(store):
         (decision,) = explain(lambda x: slow_first(None, x=x), x)
     assert decision.implementation.name == "fast"
