@@ -13,9 +13,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Integer
 
-from dovetail_kernels._dtypes import exact
+from dovetail_kernels._dtypes import exact, int32
 from dovetail_kernels._head import check_head, check_rows, check_static, dequantized, only, weighted
-from dovetail_kernels._int32 import int32
 from dovetail_kernels._rows import Head, Job, Layer, Softmax, configs, each, summed
 from dovetail_kernels.operation import Call, Implementation, Operation, Wanted
 from dovetail_protocols import QuantizedArray

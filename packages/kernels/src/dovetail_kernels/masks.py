@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Integer
 
-from dovetail_kernels._int32 import int32
+from dovetail_kernels._dtypes import int32
 from dovetail_kernels._mask import Mask, Tile
 from dovetail_kernels._mask_arrays import Dense, Lengths, Prefixes, Segments
 from dovetail_kernels._mask_positions import Causal, Chunked, Prefix, Window

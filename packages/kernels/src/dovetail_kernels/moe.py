@@ -18,8 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Integer
 
-from dovetail_kernels._dtypes import exact
-from dovetail_kernels._int32 import int32
+from dovetail_kernels._dtypes import exact, int32
 from dovetail_kernels._manual import alike
 
 __all__ = [

@@ -12,8 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dovetail_kernels import _paged
-from dovetail_kernels._dtypes import exact
-from dovetail_kernels._int32 import int32
+from dovetail_kernels._dtypes import exact, int32
 from dovetail_kernels.attention import Attended
 from dovetail_kernels.operation import Call, Implementation, Operation, Wanted
 from dovetail_kernels.paged_cache import Pool, check_scales, gather_pages

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dovetail_kernels._int32 import int32
+from dovetail_kernels._dtypes import int32
 from dovetail_protocols import QuantizedArray
 
 __all__ = ["Pool", "empty_pages", "gather_pages", "page_slots", "update_pages"]

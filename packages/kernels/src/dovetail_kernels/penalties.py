@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dovetail_kernels._int32 import int32
+from dovetail_kernels._dtypes import int32
 
 __all__ = ["bias_logits", "penalize"]
 

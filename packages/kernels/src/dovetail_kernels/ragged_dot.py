@@ -13,8 +13,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Integer
 
 from dovetail_kernels import _ragged
-from dovetail_kernels._dtypes import exact
-from dovetail_kernels._int32 import int32
+from dovetail_kernels._dtypes import exact, int32
 from dovetail_kernels.operation import Call, Implementation, Operation, Wanted
 from dovetail_protocols import QuantizedArray
 

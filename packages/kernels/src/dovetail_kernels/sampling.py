@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int, UInt32
 
 from dovetail_kernels._candidates import BLOCK, BLOCKS, Candidates, Sampling, argmax, everything, likeliest, stays
-from dovetail_kernels._int32 import int32
+from dovetail_kernels._dtypes import int32
 from dovetail_kernels._manual import alike
 from dovetail_kernels._programs import partitioned
 

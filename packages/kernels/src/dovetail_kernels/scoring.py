@@ -11,9 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Integer
 
-from dovetail_kernels._dtypes import exact
+from dovetail_kernels._dtypes import exact, int32
 from dovetail_kernels._head import check_head, check_rows, check_static, dequantized, whole_vocabulary
-from dovetail_kernels._int32 import int32
 from dovetail_kernels._rows import Head, Job, Layer, Softmax, configs, each, find
 from dovetail_kernels.operation import Call, Implementation, Operation, Wanted
 from dovetail_protocols import QuantizedArray

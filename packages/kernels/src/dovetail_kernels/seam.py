@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from dovetail_kernels._int32 import int32
+from dovetail_kernels._dtypes import int32
 from dovetail_kernels._manual import alike
 from dovetail_kernels._programs import partitioned
 from dovetail_kernels.quantized_matmul import quantized_matmul

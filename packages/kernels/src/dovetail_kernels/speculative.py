@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from dovetail_kernels._candidates import argmax
-from dovetail_kernels._int32 import int32
+from dovetail_kernels._dtypes import int32
 from dovetail_kernels._programs import partitioned
 from dovetail_kernels.sampling import Sampling, checked, filter_logits, gumbel, uniform
 
