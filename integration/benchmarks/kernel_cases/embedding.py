@@ -5,8 +5,8 @@ from typing import Any
 from kernel_cases.shape import Shape, gradients
 
 CASES = [
-    Shape(f"V{vocab}", {"vocab": vocab, "features": features, "tokens": 4096}, {"tokens": 128})
-    for vocab, features in ((32000, 256), (151936, 1024))
+    Shape(f"V{vocab}", {"vocab": vocab, "features": features, "tokens": 4096}, {"tokens": 128}, inner=10)
+    for vocab, features in ((32000, 256), (50257, 512))
 ]
 
 

@@ -7,7 +7,7 @@ from kernel_cases.shape import Shape, gradients
 BASE = {"batch": 8, "time": 256, "features": 384, "hidden": 1024, "fused": 0, "gradient": 1}
 VARY = {"time": 32, "features": 32, "hidden": 64}
 CASES = [
-    Shape(name, {**BASE, **options}, VARY, peer="tokamax", inner=2)
+    Shape(name, {**BASE, **options}, VARY, peer="tokamax", inner=4 if options.get("gradient", 1) else 10)
     for name, options in (
         ("fwd", {"gradient": 0}),
         ("fwd+bwd", {}),

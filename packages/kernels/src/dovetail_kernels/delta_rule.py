@@ -19,7 +19,7 @@ from dovetail_kernels.operation import Call, Implementation, Operation, Wanted
 
 __all__ = ["GATED_DELTA_RULE", "gated_delta_rule", "gated_delta_step"]
 
-CHUNK = 64
+SMALL, LARGE = 32, 64
 BLOCK = 8
 
 
@@ -191,7 +191,7 @@ def _blocked(
     scale: float,
     state: jax.Array,
     segment_ids: jax.Array | None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Chunks in the second axis, then key heads, heads that share one, and tokens of a chunk: ``[b, n, g, h, i, ...]``.
 
@@ -199,7 +199,8 @@ def _blocked(
     the strictly lower part of ``beta k k^T`` with the decays in between.
     """
     (batch, time, heads, _), groups = value.shape, query.shape[2]
-    chunk, group = min(chunk, time), heads // groups
+    chunk = min(time, chunk or (SMALL if max(query.shape[3], value.shape[3]) <= 64 else LARGE))
+    group = heads // groups
     segments = _recurrent.runs(segment_ids)
     operands = _recurrent.without_padding(segments, query, key, value, log_decay, beta)
     q, k, v, g, beta, state = alike(*(x.astype(state.dtype) for x in operands), state)
