@@ -250,7 +250,12 @@ QUANTIZED_MATMUL = Operation(
     "quantized_matmul",
     (
         Implementation(
-            "blocked", _blocked, _supports, configs=_configs, gradient="first order, reverse mode with int8 activations"
+            "blocked",
+            _blocked,
+            _supports,
+            configs=_configs,
+            gradient="first order, reverse mode with int8 activations",
+            features="on gpu and tpu int8 activations only",
         ),
         Implementation("reference", _reference),
     ),
