@@ -7,7 +7,7 @@ from kernel_cases.shape import Shape, gradients
 BASE = {"tokens": 4096, "features": 1024, "axis": 1, "centred": 1, "gradient": 1}
 VARY = {"tokens": 128, "features": 64}
 CASES = [
-    Shape(name, {**BASE, **options}, VARY, peer="tokamax", inner=10 if options.get("gradient", 1) else 40)
+    Shape(name, {**BASE, **options}, VARY, peer="tokamax", inner=10 if options.get("gradient", 1) else 100)
     for name, options in (
         ("layer fwd", {"gradient": 0}),
         ("layer fwd+bwd", {}),

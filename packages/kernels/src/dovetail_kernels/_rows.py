@@ -39,8 +39,8 @@ __all__ = [
 
 SAVED = "dovetail_kernels.loss_gradient"
 LEAST_LOGITS = 1 << 22
-MOST_LOGITS = 1 << 24
-LEAST_CHUNKS = 4
+MOST_LOGITS = 9 << 21
+LEAST_CHUNKS = 3
 LEAST_BAND = 64
 MOST_BANDS = 4
 
@@ -172,7 +172,7 @@ def _over(axis: str | None, x: jax.Array) -> jax.Array:
 def chunk_rows(rows: int, vocab: int) -> int:
     """Return how many rows to take at a time where nobody says.
 
-    Every chunk adds to the whole gradient of the weight, so few large chunks are fast; a quarter of the rows is still
+    Every chunk adds to the whole gradient of the weight, so few large chunks are fast; a third of the rows is still
     small next to all logits and their gradient.
     """
     least, most = max(1, LEAST_LOGITS // vocab), max(1, MOST_LOGITS // vocab)
