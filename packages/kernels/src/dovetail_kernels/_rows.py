@@ -41,7 +41,7 @@ SAVED = "dovetail_kernels.loss_gradient"
 LEAST_LOGITS = 1 << 22
 MOST_LOGITS = 9 << 21
 LEAST_CHUNKS = 3
-LEAST_BAND = 64
+LEAST_BAND = 48
 MOST_BANDS = 4
 
 
@@ -184,7 +184,8 @@ def band_count(features: int) -> int:
 
     With several devices it is one: the partitioner would exchange every band of every chunk.
     """
-    return max(1, min(MOST_BANDS, features // LEAST_BAND)) if jax.device_count() == 1 else 1
+    most = min(MOST_BANDS, features // LEAST_BAND) if jax.device_count() == 1 else 1
+    return next((bands for bands in range(most, 1, -1) if features % bands == 0), 1)
 
 
 def configs(call: Call) -> Iterator[dict[str, int]]:
