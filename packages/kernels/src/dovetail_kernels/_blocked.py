@@ -316,16 +316,22 @@ _attend.defvjp(_forward_rule, _backward_rule)
 
 
 def _over_blocks(job: Job, blocks: Blocks, block: Callable[..., Any], carry: Any) -> Any:
-    """Run ``block(start, keys, carry) -> (carry, rows)`` for every block and join the rows."""
+    """Run ``block(start, keys, carry) -> (carry, rows)`` for every block and join the rows.
+
+    The scope tells who counts operations how often the loops over keys run on average, as the mask's form goes.
+    """
     starts = [blocks.start + b * blocks.rows for b in range(blocks.number)]
     keys = [job.span(start, blocks.rows) for start in starts]
-    if blocks.number == 1:
-        return block(starts[0], keys[0], carry)
+    chunk = job.how.chunk
+    trips = sum(-(-high // chunk) - low // chunk for low, high in keys) / len(keys)
 
     def body(carry: Any, at: Any) -> Any:
         return block(at[0], at[1], carry)
 
-    carry, rows = jax.lax.scan(body, carry, (np.array(starts, np.int32), tuple(np.array(keys, np.int32).T)))
+    with jax.named_scope(f"trips={trips:g}"):
+        if blocks.number == 1:
+            return block(starts[0], keys[0], carry)
+        carry, rows = jax.lax.scan(body, carry, (np.array(starts, np.int32), tuple(np.array(keys, np.int32).T)))
     return carry, jax.tree.map(_join, rows)
 
 

@@ -188,7 +188,10 @@ class Schedule:
         return found.reshape(self.groups, -1)
 
     def loop(self, step: Callable[[jax.Array, "Block", Any], Any], state: Any) -> Any:
-        """Run ``step(group, block, state) -> state`` over the blocks of what is not in the batched product."""
+        """Run ``step(group, block, state) -> state`` over the blocks of what is not in the batched product.
+
+        The scope tells who counts operations that balanced groups leave no block.
+        """
         if self.rows == self.total:
             return state
 
@@ -201,7 +204,8 @@ class Schedule:
             row = start + jnp.arange(self.block, dtype=jnp.int32)
             return step(which % self.groups, Block(start, ((row >= first) & (row < end))[:, None]), state)
 
-        return jax.lax.fori_loop(jnp.zeros_like(self.blocks[-1]), self.blocks[-1], body, state)
+        with jax.named_scope("trips=0"):
+            return jax.lax.fori_loop(jnp.zeros_like(self.blocks[-1]), self.blocks[-1], body, state)
 
 
 class Block(NamedTuple):

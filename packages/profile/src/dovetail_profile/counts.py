@@ -32,8 +32,8 @@ class Counts:
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
 
-    def __mul__(self, times: int) -> "Counts":
-        return Counts(*(getattr(self, f.name) * times for f in fields(self)))
+    def __mul__(self, times: float) -> "Counts":
+        return Counts(*(round(getattr(self, f.name) * times) for f in fields(self)))
 
     __rmul__ = __mul__
 
@@ -110,9 +110,9 @@ class Cost:
             both[key] = both.get(key, Counts()) + counts
         return Cost(both, self.io_bytes + other.io_bytes, self.uncounted | other.uncounted)
 
-    def __mul__(self, times: int) -> "Cost":
+    def __mul__(self, times: float) -> "Cost":
         scaled = {key: counts * times for key, counts in self.entries.items()}
-        return Cost(scaled, self.io_bytes * times, self.uncounted)
+        return Cost(scaled, round(self.io_bytes * times), self.uncounted)
 
     __rmul__ = __mul__
 

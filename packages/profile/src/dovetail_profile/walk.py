@@ -35,6 +35,7 @@ _CALLS = [
 ]
 # Parts of a name stack that jax adds itself.
 _INTERNAL = frozenset(("rematted_computation", "checkpoint", ""))
+_STATED = re.compile(r"trips=([\d.e+]+)")
 
 
 class CostError(ValueError):
@@ -50,7 +51,8 @@ def cost(f: Callable[..., Any], *args: Any, while_trips: int | None = None, **kw
       operation is 1 flop per output element, a reduction 1 per element that it folds in; transcendental functions are
       counted apart. Moving or converting data is no flop. Sorting n elements counts ``n ceil(log2 n)``.
     - A ``scan`` (and a ``fori_loop`` with a known trip count) is its body times its length. Of the branches of a
-      ``cond`` the most expensive one counts. A ``while_loop`` needs `while_trips`.
+      ``cond`` the most expensive one counts. A ``while_loop`` needs `while_trips`, or runs in a scope that states its
+      iterations, such as ``jax.named_scope("trips=8.5")``: a mean, so counts are rounded.
     - ``jax.checkpoint`` under a gradient counts what is computed again.
     - A ``shard_map`` counts for all devices of its axes: the result is global, like that of the unsharded program.
     - A Pallas call counts its ``cost_estimate`` if it has one, otherwise its body times its grid.
@@ -61,11 +63,11 @@ def cost(f: Callable[..., Any], *args: Any, while_trips: int | None = None, **kw
     Args:
         f: any function that jax can trace, jitted or not.
         *args: arrays or ``jax.ShapeDtypeStruct``, in pytrees.
-        while_trips: the number of iterations to assume for every ``while_loop``.
+        while_trips: the number of iterations to assume for every ``while_loop`` that states none.
         **kwargs: more arguments of `f`.
 
     Raises:
-        CostError: there is a ``while_loop`` and no `while_trips`.
+        CostError: there is a ``while_loop`` that states no iterations, and no `while_trips`.
         ValueError: `while_trips` is negative.
 
     >>> import jax.numpy as jnp
@@ -82,19 +84,20 @@ def cost(f: Callable[..., Any], *args: Any, while_trips: int | None = None, **kw
     return Cost(counted.entries, io_bytes, counted.uncounted)
 
 
-def _walk(jaxpr: Any, outer: str, trips: int | None) -> Cost:
+def _walk(jaxpr: Any, outer: str, trips: float | None) -> Cost:
     entries: dict[tuple[str, str], Counts] = {}
     uncounted: frozenset[str] = frozenset()
     for equation in jaxpr.eqns:
-        scope = _scope(outer, name_stack(equation))
-        part = _equation(equation, scope, trips)
+        stack = name_stack(equation)
+        stated = _STATED.findall(stack)
+        part = _equation(equation, _scope(outer, stack), float(stated[-1]) if stated else trips)
         uncounted |= part.uncounted
         for key, counts in part.entries.items():
             entries[key] = entries.get(key, Counts()) + counts
     return Cost(entries, 0, uncounted)
 
 
-def _equation(equation: Any, scope: str, trips: int | None) -> Cost:
+def _equation(equation: Any, scope: str, trips: float | None) -> Cost:
     name, params = equation.primitive.name, equation.params
     if name in _CONTROL:
         return _CONTROL[name](equation, scope, trips)
@@ -115,7 +118,7 @@ def _combines(name: str) -> bool:
 
 def _scope(outer: str, stack: str) -> str:
     parts = [part for part in outer.split("/") if part]
-    for part in re.sub(r"[A-Za-z_]\w*\(|\)", "", stack).split("/"):
+    for part in re.sub(r"[A-Za-z_]\w*\(|\)", "", _STATED.sub("", stack)).split("/"):
         if part not in _INTERNAL and (not parts or parts[-1] != part):
             parts.append(part)
     return "/".join(parts)
@@ -133,11 +136,11 @@ def _open(body: Any) -> Any:
     return body.jaxpr if isinstance(body, ClosedJaxpr) else body
 
 
-def _scan(equation: Any, scope: str, trips: int | None) -> Cost:
+def _scan(equation: Any, scope: str, trips: float | None) -> Cost:
     return _walk(_open(equation.params["jaxpr"]), scope, trips) * equation.params["length"]
 
 
-def _while(equation: Any, scope: str, trips: int | None) -> Cost:
+def _while(equation: Any, scope: str, trips: float | None) -> Cost:
     if trips is None:
         where = f"in scope {scope!r}" if scope else "outside of any named scope"
         raise CostError(
@@ -148,23 +151,23 @@ def _while(equation: Any, scope: str, trips: int | None) -> Cost:
     return body * trips + _walk(_open(equation.params["cond_jaxpr"]), scope, trips) * (trips + 1)
 
 
-def _cond(equation: Any, scope: str, trips: int | None) -> Cost:
+def _cond(equation: Any, scope: str, trips: float | None) -> Cost:
     branches = [_walk(_open(branch), scope, trips) for branch in equation.params["branches"]]
     most = max(branches, key=lambda c: (c.flops, c.transcendentals, c.bytes))
     return Cost(most.entries, 0, most.uncounted)
 
 
-def _shard_map(equation: Any, scope: str, trips: int | None) -> Cost:
+def _shard_map(equation: Any, scope: str, trips: float | None) -> Cost:
     sizes = dict(equation.params["mesh"].shape)
     shards = math.prod(sizes[axis] for axis in equation.params["newly_manual_axes"])
     return _walk(_open(equation.params["jaxpr"]), scope, trips) * shards
 
 
-def _linear_solve(equation: Any, scope: str, trips: int | None) -> Cost:
+def _linear_solve(equation: Any, scope: str, trips: float | None) -> Cost:
     return _walk(_open(equation.params["jaxprs"].solve), scope, trips)
 
 
-def _reduce(equation: Any, scope: str, trips: int | None) -> Cost:
+def _reduce(equation: Any, scope: str, trips: float | None) -> Cost:
     folds = sum(map(elements, equation.invars[: len(equation.outvars)]))
     folds -= sum(map(elements, equation.outvars))
     once = _walk(_open(equation.params["jaxpr"]), scope, trips).total
@@ -173,7 +176,7 @@ def _reduce(equation: Any, scope: str, trips: int | None) -> Cost:
     return Cost({(scope, "reduce"): Counts(0, once.other_flops * times, once.transcendentals * times, moved)})
 
 
-def _pallas(equation: Any, scope: str, trips: int | None) -> Cost:
+def _pallas(equation: Any, scope: str, trips: float | None) -> Cost:
     moved = moved_bytes(equation)
     estimate = equation.params.get("cost_estimate")
     if estimate is not None:
