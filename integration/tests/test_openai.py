@@ -464,7 +464,7 @@ def test_a_step_that_fails(api, when):
     with wrapped(api.engine, "decode", slowly):
         stream = complete(api, stream=True, **LONG)
         text = next(stream).choices[0].text
-        with wrapped(api.engine, "prefill", fail), pytest.raises(openai.InternalServerError) as caught:
+        with wrapped(api.engine, "mixed", fail), pytest.raises(openai.InternalServerError) as caught:
             complete(api, prompt=PROMPTS[1])
         text += joined(stream)[0]
     assert caught.value.status_code == 500

@@ -11,12 +11,13 @@ from flax import nnx
 
 from dovetail_engine import Engine, EngineOptions
 from dovetail_engine.runner import Runner
-from dovetail_engine.steps import TOP, Sampled, decode, prefill
+from dovetail_engine.steps import TOP, Sampled, decode, mixed
 from dovetail_models import Llama, LlamaConfig, merge, split
 from dovetail_profile import cost
 from dovetail_protocols import Request, SamplingParams
 
 LIMIT = 1.3
+TURN = 8 * 64  # places that paged attention looks at in one turn, even where nobody reads the cache
 C = subject.MODEL
 LENGTH = subject.LOAD["prompt"] + subject.LOAD["output"]
 
@@ -48,18 +49,18 @@ class Priced:
     def __call__(self, key, params, cache, batch):
         assert key in self.keys
         name, size, _ = key
-        trips = 1 if name == "prefill" else min(int(batch.steps), int(batch.left.max()))
+        trips = 1 if name == "mixed" else min(int(batch.steps), int(batch.left.max()))
         self.flops += trips * self.price(key, params, cache, batch)
         self.calls.append((*key, trips))
-        shape = (1, len(batch.last)) if name == "prefill" else (batch.pages.shape[1], size)
+        shape = (1, len(batch.last)) if name == "mixed" else (batch.pages.shape[1], size)
         none = np.zeros((*shape, TOP), np.int32), np.zeros((*shape, TOP), np.float32)
         return cache, Sampled(np.ones(shape, np.int32), np.zeros(shape, np.float32), *none)
 
     def price(self, key, params, cache, batch):
-        """FLOPs of a prefill, or of one step of a decode."""
+        """FLOPs of a mixed step, or of one step of a decode."""
         shape = (*key, cache[0][0].shape)
         if shape not in self.prices:
-            program = functools.partial({"prefill": prefill, "decode": decode}[key[0]], model()[0])
+            program = functools.partial({"mixed": mixed, "decode": decode}[key[0]], model()[0])
             found = cost(program, params, cache, batch, while_trips=1)
             assert not found.uncounted
             self.prices[shape] = found.matmul_flops
@@ -112,8 +113,8 @@ def test_a_price_is_the_closed_form(serve):
     """Prices are not those of the programs: one token at a time costs its products and the attention to all places."""
     body, head = products()
     programs, _ = serve([workload.Job([1] * 16, 9)], max_running=1)
-    assert programs.calls == [("prefill", 16, 0, 1), ("decode", 1, LENGTH, 8)]
-    first = 16 * (body + attention(16)) + head
+    assert programs.calls == [("mixed", 16, 0, 1), ("decode", 1, LENGTH, 8)]
+    first = 16 * (body + attention(16)) + attention(TURN) + head
     assert programs.flops == first + 8 * (body + head + attention(LENGTH + 8))
 
 

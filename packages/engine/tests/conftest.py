@@ -1,5 +1,6 @@
-"""Shapes and types of every annotated call are checked at run time; one engine for the tests that only read it."""
+"""Shapes and types of every annotated call are checked at run time; programs that run little are compiled quickly."""
 
+import os
 import sys
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import jaxtyping
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 with jaxtyping.install_import_hook(("dovetail_engine", "dovetail_kernels"), "beartype.beartype"):
     import dovetail_engine
@@ -16,10 +18,12 @@ from engine_toys import Letters, tiny
 from dovetail_engine.programs import Programs
 from dovetail_engine.runner import Runner
 
+KEPT = 4  # engines whose programs are kept: XLA maps memory for each of their kernels, and Linux limits its maps
+
 
 @pytest.fixture(scope="session")
 def compiled():
-    """Programs that were compiled already, by what they were compiled for."""
+    """Programs that were compiled lately, by what they were compiled for."""
     return {}
 
 
@@ -30,9 +34,11 @@ def make_engine(compiled, monkeypatch):
 
     def reuse(runner, build, params):
         recipe = (build, runner.sizes, runner._dtype)
-        if recipe not in compiled:
-            compiled[recipe] = compile_all(runner, build, params).table
-        return Programs(dict(compiled[recipe]))
+        table = compiled.pop(recipe, None) or compile_all(runner, build, params).table
+        compiled[recipe] = table
+        for old in list(compiled)[:-KEPT]:
+            del compiled[old]
+        return Programs(dict(table))
 
     monkeypatch.setattr(Runner, "_compile", reuse)
 

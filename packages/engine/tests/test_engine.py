@@ -113,7 +113,7 @@ def test_a_failing_step_fails_its_requests_and_no_other(make_engine, donated):
     call, failures = engine._runner._call, []
 
     def fail(params, key, batch):
-        if key[0] == "prefill" and 9 in batch.tokens:
+        if key[0] == "mixed" and 9 in batch.tokens:
             failures.append(key)
             if donated:
                 for leaf in jax.tree.leaves(engine._runner._cache):

@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dovetail_engine.mixers import DecodeMixer, PrefillMixer
+from dovetail_engine.mixers import DecodeMixer, MixedMixer
 from dovetail_engine.pages import pages_for
 from dovetail_protocols.testing import attention
 
@@ -29,11 +29,13 @@ def textbook(q, k, v, window=None):
     return attention(*map(np.asarray, (q, k, v)), segments, scale=0.3, window=window)
 
 
-def prefill(cache, q, k, v, spans, pages, window=None):
-    """Prefill the spans (start, stop) of several sequences, each given as whole q, k and v."""
+def step(cache, q, k, v, spans, pages, window=None, newest=0):
+    """Compute the spans (start, stop) of sequences that are given as whole q, k and v; the last ones are newest."""
     total = sum(stop - start for start, stop in spans)
     size = total + 3  # padding at the end
     segments, positions, places = (np.zeros(size, np.int32) for _ in range(3))
+    rows = newest + 1  # one without a sequence
+    stands, lengths, tables = np.full(rows, size, np.int32), np.zeros(rows, np.int32), np.zeros((rows, 9), np.int32)
     parts, at = [[], [], []], 0
     for i, (start, stop) in enumerate(spans):
         part = slice(at, at + stop - start)
@@ -41,13 +43,18 @@ def prefill(cache, q, k, v, spans, pages, window=None):
         places[part] = np.asarray(pages[i])[positions[part] // PAGE]
         for found, x in zip(parts, (q[i], k[i], v[i]), strict=True):
             found.append(x[start:stop])
+        row = i - len(spans) + newest
+        if row >= 0:
+            assert stop == start + 1
+            stands[row], lengths[row], tables[row, : len(pages[i])] = at, stop, pages[i]
         at += stop - start
     flat = [jnp.concatenate([*found, jnp.full((3, *found[0].shape[1:]), 7.0)]) for found in parts]
     context = None
-    if spans[0][0]:
+    if spans[0][0] and newest < len(spans):
         held = pages[0][: pages_for(spans[0][0], PAGE)]
         context = jnp.asarray([*held, 0], jnp.int32)
-    mixer = PrefillMixer(cache, jnp.asarray(segments), jnp.asarray(positions), jnp.asarray(places), context)
+    tokens = map(jnp.asarray, (segments, positions, places))
+    mixer = MixedMixer(cache, *tokens, context, *map(jnp.asarray, (stands, tables, lengths)))
     out, mixer = mixer.attend(0, *flat, scale=0.3, window=window)
     return np.split(np.asarray(out[:total]), np.cumsum([b - a for a, b in spans])[:-1]), mixer.cache
 
@@ -72,10 +79,10 @@ def test_chunks_then_steps_are_one_attention(lengths, cut, grouped, window, step
     pages = [[next(order) for _ in range(pages_for(length + steps, PAGE))] for length in lengths]
     cache = empty(40, kv_heads)
     if cut:
-        (first,), cache = prefill(cache, q[:1], k[:1], v[:1], [(0, cut)], pages[:1], window)
+        (first,), cache = step(cache, q[:1], k[:1], v[:1], [(0, cut)], pages[:1], window)
         np.testing.assert_allclose(first, expected[0][:cut], atol=1e-5)
     spans = [(cut, lengths[0]), *((0, length) for length in lengths[1:])]
-    outs, cache = prefill(cache, q, k, v, spans, pages, window)
+    outs, cache = step(cache, q, k, v, spans, pages, window)
     for out, (start, stop), wanted in zip(outs, spans, expected, strict=True):
         np.testing.assert_allclose(out, wanted[start:stop], atol=1e-5)
     rows = len(lengths)
@@ -86,11 +93,11 @@ def test_chunks_then_steps_are_one_attention(lengths, cut, grouped, window, step
         held[i, :count] = pages[i][:count]
         places[i] = np.asarray(pages[i])[(length + np.arange(steps)) // PAGE]
     mixer = DecodeMixer.load(cache, jnp.asarray(held), jnp.asarray(lengths, jnp.int32), steps)
-    for step in range(steps):
-        now = [jnp.stack([x[i][length + step] for i, length in enumerate(lengths)]) for x in (q, k, v)]
-        mixer = DecodeMixer(mixer.work, mixer.lengths, jnp.int32(step), steps)
+    for index in range(steps):
+        now = [jnp.stack([x[i][length + index] for i, length in enumerate(lengths)]) for x in (q, k, v)]
+        mixer = DecodeMixer(mixer.work, mixer.lengths, jnp.int32(index), steps)
         out, mixer = mixer.attend(0, *now, scale=0.3, window=window)
-        wanted = np.stack([expected[i][length + step] for i, length in enumerate(lengths)])
+        wanted = np.stack([expected[i][length + index] for i, length in enumerate(lengths)])
         np.testing.assert_allclose(out, wanted, atol=1e-5)
     ((keys, values),) = mixer.store(cache, jnp.asarray(places))
     for i, length in enumerate(lengths):
@@ -98,6 +105,28 @@ def test_chunks_then_steps_are_one_attention(lengths, cut, grouped, window, step
         at = np.arange(length + steps)
         np.testing.assert_array_equal(np.asarray(keys)[own[at // PAGE], :, at % PAGE], k[i])
         np.testing.assert_array_equal(np.asarray(values)[own[at // PAGE], :, at % PAGE], v[i])
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_single_tokens_and_chunks_share_a_step(window):
+    """A single token sees its neighbours in the step, not its sequence; a chunk sees single tokens or loses its own."""
+    rng = np.random.default_rng(1)
+    lengths, grown = [11, 6, 4, 9], 3
+    whole = [draw(rng, length + grown, 4, 2) for length in lengths]
+    q, k, v = zip(*whole, strict=True)
+    expected = [textbook(*each, window=window) for each in whole]
+    pages = np.random.default_rng(2).permutation(np.arange(1, 40))[:28].reshape(4, 7).tolist()
+    cache = empty(40, 2)
+    _, cache = step(cache, q[2:], k[2:], v[2:], [(0, 4), (0, 9)], pages[2:], window)
+    for index, first in enumerate([(0, 5), (5, 9), (9, 11)]):
+        at = [first, (2 * index, 2 * index + 2), (4 + index, 5 + index), (9 + index, 10 + index)]
+        # the second sequence is prefilled alone, so that only the first one continues
+        chosen = [0, 2, 3] if index else [0, 1, 2, 3]
+        spans = [at[i] for i in chosen]
+        given = ([x[i] for i in chosen] for x in (q, k, v))
+        outs, cache = step(cache, *given, spans, [pages[i] for i in chosen], window, newest=2)
+        for out, i, (start, stop) in zip(outs, chosen, spans, strict=True):
+            np.testing.assert_allclose(out, expected[i][start:stop], atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["attend_latent", "recur"])

@@ -7,8 +7,8 @@ from engine_toys import VOCAB, Letters, tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dovetail_engine import EngineOptions, ShapeError
-from dovetail_engine.programs import bucket, buckets
+from dovetail_engine import EngineOptions, ShapeError, programs
+from dovetail_engine.programs import bucket, buckets, check_maps
 from dovetail_protocols import Request, SamplingParams
 
 
@@ -33,13 +33,26 @@ def test_a_size_beyond_all_buckets_is_an_error():
 def test_a_missing_program_fails_its_requests_and_names_the_shape(make_engine):
     """The error hides which shape is missing, or takes the engine down."""
     engine = make_engine()
-    removed = {key: engine.programs.table.pop(key) for key in list(engine.programs) if key[0] == "prefill"}
+    removed = {key: engine.programs.table.pop(key) for key in list(engine.programs) if key[0] == "mixed"}
     request = Request(prompt=[1, 2, 3], sampling=SamplingParams(max_tokens=4))
     failed = engine.generate([request])[0]
     assert failed.finish_reason == "error"
-    assert "ShapeError: no program ('prefill', 16, 0) was compiled" in failed.error
+    assert "ShapeError: no program ('mixed', 16, 0) was compiled" in failed.error
     engine.programs.table.update(removed)
     assert engine.generate([request])[0].finish_reason in ("stop", "length")
+
+
+def test_too_many_memory_maps_are_an_error_before_the_compiler_dies(tmp_path, make_engine, monkeypatch):
+    """An engine of many large programs ends the process with a segmentation fault and no word."""
+    programs.check_maps()  # those of this process are within the limit, and where there is no Linux there is none
+    programs.check_maps(tmp_path / "maps", tmp_path / "limit")
+    (tmp_path / "maps").write_text("00400000-00452000 r-xp\n" * 91)
+    (tmp_path / "limit").write_text("100\n")
+    monkeypatch.setattr(programs, "check_maps", lambda: check_maps(tmp_path / "maps", tmp_path / "limit"))
+    with pytest.raises(RuntimeError, match=r"91 memory maps, and Linux allows 100; .* vm.max_map_count=400, or"):
+        make_engine(max_running=3)
+    (tmp_path / "limit").write_text("102\n")
+    check_maps(tmp_path / "maps", tmp_path / "limit")
 
 
 @pytest.fixture

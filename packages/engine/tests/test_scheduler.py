@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dovetail_engine.pages import TRASH, PagePool, pages_for
-from dovetail_engine.scheduler import Plan, Scheduler, Sequence
+from dovetail_engine.scheduler import Chunk, Plan, Scheduler, Sequence
 
 
 def scheduler(pages=64, page_size=4, max_running=4, chunk_tokens=16, chunks=4, decode_steps=4):
@@ -37,7 +37,8 @@ def check_pages(subject):
 
 
 def check_plan(subject, plan):
-    assert not (plan.prefill and plan.decode)
+    rows = plan.sequences
+    assert len({id(row) for row in rows}) == len(rows) <= len(subject.running)
     assert len(subject.running) <= subject.max_running
     assert len(plan.prefill) <= subject.chunks
     assert sum(chunk.stop - chunk.start for chunk in plan.prefill) <= subject.chunk_tokens
@@ -49,7 +50,8 @@ def check_plan(subject, plan):
         assert row.missing == 1
         end = min(len(row.tokens) + plan.steps, row.limit) - 1
         assert len(row.pages) * subject.page_size >= end
-    assert 0 < plan.steps <= subject.decode_steps if plan.decode else plan.steps == 0
+    most = 1 if plan.prefill else subject.decode_steps
+    assert 0 < plan.steps <= most if plan.decode else plan.steps == 0
 
 
 def run(subject, plan, random):
@@ -138,7 +140,7 @@ def test_requests_start_in_order_of_arrival():
     assert [chunk.sequence for chunk in subject.plan().prefill] == rows[:1]
 
 
-def test_a_prompt_longer_than_a_chunk_lets_replies_grow_in_between():
+def test_replies_grow_while_a_long_prompt_is_prefilled():
     """A long prompt stalls the replies of others until it is done."""
     subject = scheduler(chunk_tokens=8)
     short, long = sequence(3, 20), sequence(32, 4)
@@ -146,18 +148,26 @@ def test_a_prompt_longer_than_a_chunk_lets_replies_grow_in_between():
     assert subject.plan().prefill[0].last
     subject.accept(short, [1])
     subject.add(long)
-    kinds = []
-    for _ in range(6):
+    for stop in (8, 16, 24, 32):
         plan = subject.plan()
-        kinds.append("decode" if plan.decode else "prefill")
-        if plan.decode:
-            assert plan.steps == 1
-            subject.accept(short, [1])
-        elif plan.prefill[0].last:
-            subject.accept(long, [1])
-        else:
-            subject.advance(plan.prefill[0])
-    assert kinds == ["decode", "prefill", "decode", "prefill", "decode", "prefill"]
+        assert plan == ((Chunk(long, stop - 8, stop),), (short,), 1)
+        subject.accept(short, [1])
+        subject.accept(long, [1]) if plan.prefill[0].last else subject.advance(plan.prefill[0])
+    assert subject.plan() == ((), (short, long), 4)
+
+
+def test_rows_have_their_pages_before_another_is_admitted():
+    """A new request takes the page that a reply needs for its next token, and one of them is set back."""
+    subject = scheduler(pages=3, page_size=4, chunk_tokens=64)
+    first, second = sequence(4, 4), sequence(4, 2)
+    subject.add(first)
+    subject.plan()
+    subject.accept(first, [1])
+    subject.add(second)
+    plan = subject.plan()  # one page for the reply's next token, one for the prompt: none is left to grow into
+    assert plan == ((), (first,), 1)
+    assert len(first.pages) == 2
+    assert not subject.preemptions
 
 
 def test_the_youngest_gives_way_and_is_computed_again_first():

@@ -268,7 +268,8 @@ class Engine:
             produced = self._runner.run(params, plan, {row: self._jobs[row].sampling for row in rows})
             deltas = [self._read(row, part) for row, part in zip(rows, produced, strict=True)]
         except Exception as error:  # noqa: BLE001  (the requests fail, the engine goes on)
-            self._fail(rows, error)
+            # rows that only decode are tried again without the chunks
+            self._fail([chunk.sequence for chunk in plan.prefill] or rows, error)
             return
         with self._wake:
             self._counts["steps"] += 1

@@ -1,8 +1,9 @@
 """Mixers over a paged cache, what a model's forward is given in place of the dense mixer of training.
 
-The cache of a layer is two arrays ``[pages, kv_heads, page_size, dim]``. Prefill attends inside its chunks and writes
-them to their pages. Decode works for several steps on copies of its sequences' pages, with room for the new tokens at
-the end, ``[rows, kv_heads, context + steps, dim]``; afterwards `DecodeMixer.store` writes the new ones to their pages.
+The cache of a layer is two arrays ``[pages, kv_heads, page_size, dim]``. A mixed step attends inside its chunks, and
+from single tokens to the pages of their sequences; all are written to their pages. Decode works for several steps on
+copies of its sequences' pages, with room for the new tokens at the end, ``[rows, kv_heads, context + steps, dim]``;
+afterwards `DecodeMixer.store` writes the new ones to their pages.
 """
 
 import dataclasses
@@ -12,9 +13,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from dovetail_kernels import gather_pages, update_pages
+from dovetail_kernels import gather_pages, paged_attention, update_pages
 
-__all__ = ["Cache", "DecodeMixer", "PrefillMixer"]
+__all__ = ["Cache", "DecodeMixer", "MixedMixer"]
 
 Cache = tuple[tuple[Any, Any], ...]
 """Keys and values of every layer."""
@@ -41,8 +42,11 @@ class _Mixer:
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PrefillMixer(_Mixer):
-    """Attention of chunks of several sequences, flattened; the first may continue a sequence whose start is cached.
+class MixedMixer(_Mixer):
+    """Attention of chunks of several sequences and of the newest tokens of others, all flattened.
+
+    The first chunk may continue a sequence whose start is cached. A newest token is a chunk of its own to the others,
+    and reads its sequence from the pages.
 
     Attributes:
         cache: of all layers.
@@ -50,6 +54,9 @@ class PrefillMixer(_Mixer):
         positions: int ``[tokens]``.
         pages: int ``[tokens]``: the page that each token goes to.
         context: int ``[pages]`` of the first sequence's start, or None where no chunk continues one.
+        newest: int ``[rows]``: where the newest token of each decoding sequence stands; `tokens` where there is none.
+        tables: int ``[rows, pages_per_row]`` of these sequences.
+        lengths: int ``[rows]``: how many tokens they have, the newest included; 0 where there is none.
     """
 
     cache: Cache
@@ -57,6 +64,9 @@ class PrefillMixer(_Mixer):
     positions: Int[Array, " tokens"]
     pages: Int[Array, " tokens"]
     context: Int[Array, " pages"] | None
+    newest: Int[Array, " rows"]
+    tables: Int[Array, "rows pages_per_row"]
+    lengths: Int[Array, " rows"]
 
     def attend(
         self,
@@ -67,23 +77,32 @@ class PrefillMixer(_Mixer):
         *,
         scale: float,
         window: int | None = None,
-    ) -> tuple[Float[Array, "tokens heads value_dim"], "PrefillMixer"]:
+    ) -> tuple[Float[Array, "tokens heads value_dim"], "MixedMixer"]:
         """See `dovetail_protocols.Mixer.attend`."""
-        keys, values = self.cache[layer]
-        near_k, near_v = (x.astype(keys.dtype).transpose(1, 0, 2) for x in (key, value))
+        held = self.cache[layer]
+        slots = self.positions % held[0].shape[2]
+        keys, values = (update_pages(pool, x, self.pages, slots) for pool, x in zip(held, (key, value), strict=True))
+        mixed = self._chunks(held, query, key, value, scale, window)
+        newest = query.at[self.newest].get(mode="clip")
+        alone = paged_attention(newest, keys, values, self.tables, self.lengths, scale=scale, window=window)
+        cache = (*self.cache[:layer], (keys, values), *self.cache[layer + 1 :])
+        return mixed.at[self.newest].set(alone, mode="drop"), dataclasses.replace(self, cache=cache)
+
+    def _chunks(
+        self, held: Any, query: jax.Array, key: jax.Array, value: jax.Array, scale: float, window: int | None
+    ) -> Float[Array, "tokens heads value_dim"]:
+        near_k, near_v = (x.astype(pool.dtype).transpose(1, 0, 2) for x, pool in zip((key, value), held, strict=True))
         seen = self._inside(window)
         if self.context is not None:
-            near_k = jnp.concatenate([self._held(keys), near_k], 1)
-            near_v = jnp.concatenate([self._held(values), near_v], 1)
+            near_k, near_v = (
+                jnp.concatenate([self._held(pool), x], 1) for x, pool in zip((near_k, near_v), held, strict=True)
+            )
             seen = jnp.concatenate([self._before(window), seen], 1)
         grouped = _groups(query, key.shape[1]).transpose(1, 2, 0, 3)  # [kv_heads, group, tokens, dim]
         logits = jnp.einsum("kgtd,ksd->kgts", grouped, near_k.astype(query.dtype)).astype(jnp.float32) * scale
-        weights = jax.nn.softmax(jnp.where(seen, logits, _HIDDEN), -1).astype(query.dtype)
-        mixed = jnp.einsum("kgts,ksd->tkgd", weights, near_v.astype(query.dtype))
-        slots = self.positions % keys.shape[2]
-        written = tuple(update_pages(pool, x, self.pages, slots) for pool, x in ((keys, key), (values, value)))
-        cache = (*self.cache[:layer], written, *self.cache[layer + 1 :])
-        return mixed.reshape(*query.shape[:2], -1), dataclasses.replace(self, cache=cache)
+        weights, total = _softmax(jnp.where(seen, logits, _HIDDEN))
+        mixed = jnp.einsum("kgts,ksd->kgtd", weights.astype(query.dtype), near_v.astype(query.dtype)) / total
+        return mixed.astype(query.dtype).transpose(2, 0, 1, 3).reshape(*query.shape[:2], -1)
 
     def _inside(self, window: int | None) -> jax.Array:
         """Return which token sees which token of the chunks."""
@@ -160,13 +179,12 @@ class DecodeMixer(_Mixer):
             jax.lax.dynamic_update_slice(held, x[:, :, None].astype(held.dtype), at)
             for held, x in zip(self.work[layer], (key, value), strict=True)
         )
-        logits = jnp.einsum("rkgd,rksd->rkgs", _groups(query, key.shape[1]), keys.astype(query.dtype))
-        logits = logits.astype(jnp.float32) * scale
-        seen = self._seen(context, window)[:, None, None]
-        weights = jax.nn.softmax(jnp.where(seen, logits, _HIDDEN), -1).astype(query.dtype)
-        mixed = jnp.einsum("rkgs,rksd->rkgd", weights, values.astype(query.dtype))
+        grouped = _groups(query, key.shape[1])
+        logits = jnp.einsum("rkgd,rksd->rkgs", grouped, keys.astype(query.dtype)).astype(jnp.float32) * scale
+        weights, total = _softmax(jnp.where(self._seen(context, window)[:, None, None], logits, _HIDDEN))
+        mixed = jnp.einsum("rkgs,rksd->rkgd", weights.astype(query.dtype), values.astype(query.dtype)) / total
         work = (*self.work[:layer], (keys, values), *self.work[layer + 1 :])
-        return mixed.reshape(*query.shape[:2], -1), dataclasses.replace(self, work=work)
+        return mixed.astype(query.dtype).reshape(*query.shape[:2], -1), dataclasses.replace(self, work=work)
 
     def _seen(self, context: int, window: int | None) -> jax.Array:
         old = jnp.arange(context, dtype=jnp.int32)[None]
@@ -183,3 +201,9 @@ def _groups(query: jax.Array, kv_heads: int) -> jax.Array:
     """Return ``[tokens, kv_heads, group, dim]``."""
     tokens, heads, dim = query.shape
     return query.reshape(tokens, kv_heads, heads // kv_heads, dim)
+
+
+def _softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Return the exponentials and their sums: fewer numbers are divided after the product with the values."""
+    weights = jnp.exp(logits - jnp.max(logits, -1, keepdims=True))
+    return weights, jnp.sum(weights, -1, keepdims=True)

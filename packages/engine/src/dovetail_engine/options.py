@@ -16,7 +16,7 @@ class EngineOptions:
     Attributes:
         max_running: requests that run at once; others wait.
         max_length: tokens of a prompt and its reply together.
-        chunk_tokens: tokens of prompts per prefill; longer prompts take several, with replies growing in between.
+        chunk_tokens: tokens of prompts per step; longer prompts take several, and running replies grow by one in each.
         decode_steps: tokens per decode and request. More is faster, fewer come in smaller pieces.
         page_size: tokens per page of the cache.
         cache_tokens: tokens that the cache holds; None for ``max_running * max_length``. With fewer the youngest

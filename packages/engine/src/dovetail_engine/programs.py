@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-__all__ = ["Compiled", "Programs", "ShapeError", "bucket", "buckets", "compilation_cache"]
+__all__ = ["Compiled", "Programs", "ShapeError", "bucket", "buckets", "check_maps", "compilation_cache"]
 
 _LOG = logging.getLogger("dovetail_engine")
 
@@ -74,9 +74,14 @@ class Programs:
 
     @classmethod
     def compile(cls, lower: Callable[..., Any], keys: Iterable[tuple[Any, ...]]) -> "Programs":
-        """Compile ``lower(*key)`` for every key, with as many threads as there are processors."""
+        """Compile ``lower(*key)`` for every key, with as many threads as there are processors.
+
+        Raises:
+            RuntimeError: Linux will soon refuse this process more memory maps, and a compiler without them dies.
+        """
 
         def one(key: tuple[Any, ...]) -> Compiled:
+            check_maps()
             begin = time.perf_counter()
             compiled = lower(*key).compile()
             seconds = time.perf_counter() - begin
@@ -111,6 +116,27 @@ class Programs:
             name = " ".join(str(part) for part in key)
             lines.append(f"{name:<28}{entry.seconds:>9.2f}{entry.flops / 1e6:>10.1f}{entry.memory / 1e6:>8.1f}")
         return "\n".join(lines)
+
+
+def check_maps(
+    maps: Path = Path("/proc/self/maps"), limit: Path = Path("/proc/sys/vm/max_map_count"), share: float = 0.9
+) -> None:
+    """Raise where a process is near its limit of memory maps; for a CPU, XLA makes three for each kernel.
+
+    Raises:
+        RuntimeError: the process has more than `share` of the maps that it may have.
+    """
+    try:
+        most = int(limit.read_text())
+        with maps.open("rb") as lines:
+            count = sum(1 for _ in lines)
+    except OSError:  # no Linux
+        return
+    if count > share * most:
+        raise RuntimeError(
+            f"{count} memory maps, and Linux allows {most}; an engine whose programs are many or long needs more: "
+            f"sysctl vm.max_map_count={4 * most}, or a smaller max_length or max_running"
+        )
 
 
 def compilation_cache(directory: str | os.PathLike[str]) -> None:

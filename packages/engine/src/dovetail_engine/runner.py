@@ -14,7 +14,7 @@ from dovetail_engine.pages import TRASH, pages_for
 from dovetail_engine.programs import Programs, bucket, buckets
 from dovetail_engine.scheduler import Chunk, Plan
 from dovetail_engine.scheduler import Sequence as Row
-from dovetail_engine.steps import Build, DecodeBatch, PrefillBatch, Sampled, decode, prefill
+from dovetail_engine.steps import Build, DecodeBatch, MixedBatch, Sampled, decode, mixed
 from dovetail_kernels import Sampling
 from dovetail_protocols import CacheSpec, FullCache, SamplingParams, TokenLogprob, WindowCache
 
@@ -33,8 +33,8 @@ class Sizes:
         length: tokens of a prompt and its reply, at most.
         page: tokens per page.
         pages: pages of the cache, the trash page included.
-        chunk: tokens of a prefill.
-        chunks: sequences of a prefill.
+        chunk: tokens of prompts in a mixed step.
+        chunks: sequences that they are of.
         steps: steps of a decode.
     """
 
@@ -48,14 +48,22 @@ class Sizes:
 
     @functools.cached_property
     def row_buckets(self) -> tuple[int, ...]:
-        """Rows of the decode programs."""
-        return buckets(1, self.rows, 4) if self.rows <= 4 else (1, *buckets(4, self.rows))
+        """Rows of the decode programs: powers of two but 2, and from 16 on three quarters of the most."""
+        if self.rows <= 4:
+            return buckets(1, self.rows, 4)
+        return tuple(sorted({1, *buckets(4, self.rows), *((self.rows * 3 // 4,) if self.rows >= 16 else ())}))
 
     @functools.cached_property
     def token_buckets(self) -> tuple[int, ...]:
-        """Tokens of the prefill programs."""
-        sizes = buckets(16, self.chunk, 4)
-        return tuple(sorted({*sizes, *(self.chunk * part // 4 for part in (2, 3) if self.chunk >= 64)}))
+        """Tokens of the mixed programs: 16, and eighths of the most."""
+        most = self.chunk + self.rows
+        part = max(16, -(-most // 8))
+        return tuple(sorted({min(16, most), *range(part, most, part), most}))
+
+    @functools.cached_property
+    def continued_buckets(self) -> tuple[int, ...]:
+        """The same where the first chunk continues a sequence: fewer, for all but its last chunk are full."""
+        return self.token_buckets[::-3][::-1]
 
     @functools.cached_property
     def context_buckets(self) -> tuple[int, ...]:
@@ -65,10 +73,10 @@ class Sizes:
 
     def keys(self) -> list[tuple[Any, ...]]:
         """Return the keys of all programs that a plan may need."""
-        prefills = [("prefill", tokens, 0) for tokens in self.token_buckets]
+        steps = [("mixed", tokens, 0) for tokens in self.token_buckets]
         if self.length > self.chunk:
-            prefills += [("prefill", tokens, size) for tokens in self.token_buckets for size in self.context_buckets]
-        return prefills + [("decode", rows, size) for rows in self.row_buckets for size in self.context_buckets]
+            steps += [("mixed", tokens, size) for tokens in self.continued_buckets for size in self.context_buckets]
+        return steps + [("decode", rows, size) for rows in self.row_buckets for size in self.context_buckets]
 
 
 class Produced(NamedTuple):
@@ -102,7 +110,7 @@ class Runner:
 
     def _compile(self, build: Build, params: Any) -> Programs:
         shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, self._cache))
-        programs = {"prefill": prefill, "decode": decode}
+        programs = {"mixed": mixed, "decode": decode}
         jitted = {name: jax.jit(functools.partial(f, build), donate_argnums=1) for name, f in programs.items()}
         return Programs.compile(
             lambda name, *size: jitted[name].lower(*shapes, self._blank(name, *size)), self.sizes.keys()
@@ -125,47 +133,49 @@ class Runner:
 
     def run(self, params: Any, plan: Plan, sampling: Mapping[Row, "RowSampling"]) -> list[Produced]:
         """Run a plan; return one entry per sequence, in the order of ``plan.sequences``."""
-        if plan.prefill:
-            return self._prefill(params, plan.prefill, sampling)
-        return self._decode(params, plan, sampling)
+        rows = [sampling[sequence] for sequence in plan.sequences]
+        return self._mixed(params, plan, rows) if plan.prefill else self._decode(params, plan, rows)
 
     def _call(self, params: Any, key: tuple[Any, ...], batch: Any) -> Sampled:
         self._cache, sampled = self.programs(key, params, self._cache, batch)
         return jax.device_get(sampled)
 
-    def _prefill(self, params: Any, chunks: Sequence[Chunk], sampling: Mapping[Row, "RowSampling"]) -> list[Produced]:
+    def _mixed(self, params: Any, plan: Plan, rows: Sequence["RowSampling"]) -> list[Produced]:
+        chunks = [*plan.prefill, *(Chunk(row, row.computed, len(row.tokens)) for row in plan.decode)]
         total = sum(chunk.stop - chunk.start for chunk in chunks)
-        first = chunks[0]
+        first = plan.prefill[0]
         size = bucket(first.start, self.sizes.context_buckets) if first.start else 0
-        key = ("prefill", bucket(total, self.sizes.token_buckets), size)
+        tokens = self.sizes.continued_buckets if size else self.sizes.token_buckets
+        key = ("mixed", bucket(total, tokens), size)
         batch = self._blank(*key)
         at = 0
-        for row, (sequence, start, stop) in enumerate(chunks):
+        for i, (sequence, start, stop) in enumerate(chunks):
             part = slice(at, at + stop - start)
+            held = np.asarray(sequence.pages)
             batch.tokens[part] = sequence.tokens[start:stop]
-            batch.segments[part] = row + 1
+            batch.segments[part] = i + 1
             batch.positions[part] = np.arange(start, stop)
-            batch.pages[part] = np.asarray(sequence.pages)[batch.positions[part] // self.sizes.page]
+            batch.pages[part] = held[batch.positions[part] // self.sizes.page]
+            if i >= len(plan.prefill):
+                batch.newest[i], batch.lengths[i] = at, stop
+                batch.tables[i, : len(held)] = held
             at += stop - start
-            batch.last[row] = at - 1
+            batch.last[i] = at - 1
         if size:
-            held = first.sequence.pages[: pages_for(first.start, self.sizes.page)]
-            batch.context[: len(held)] = held
-        rows = [sampling[chunk.sequence] for chunk in chunks]
+            pages = first.sequence.pages[: pages_for(first.start, self.sizes.page)]
+            batch.context[: len(pages)] = pages
         _fill(batch.how, rows, [chunk.stop for chunk in chunks])
-        batch = batch._replace(tops=np.bool_(any(row.tops for row in rows)))
-        sampled = self._call(params, key, batch)
+        sampled = self._call(params, key, batch._replace(tops=np.bool_(any(row.tops for row in rows))))
         return [
             _produced(sampled, i, 1, row.tops) if chunk.last else Produced([], [])
             for i, (chunk, row) in enumerate(zip(chunks, rows, strict=True))
         ]
 
-    def _decode(self, params: Any, plan: Plan, sampling: Mapping[Row, "RowSampling"]) -> list[Produced]:
+    def _decode(self, params: Any, plan: Plan, rows: Sequence["RowSampling"]) -> list[Produced]:
         sizes = self.sizes
         context = max(row.computed for row in plan.decode)
         key = ("decode", bucket(len(plan.decode), sizes.row_buckets), bucket(context, sizes.context_buckets))
         batch = self._blank(*key)
-        rows = [sampling[sequence] for sequence in plan.decode]
         for i, (sequence, row) in enumerate(zip(plan.decode, rows, strict=True)):
             length = sequence.computed
             batch.tokens[i] = sequence.tokens[-1]
@@ -188,25 +198,28 @@ class Runner:
 
     def _blank(self, name: str, size: int, context: int) -> Any:
         """Return a batch of nothing but padding."""
-        pages = context // self.sizes.page
-        if name == "prefill":
-            tokens = np.zeros(size, np.int32)
-            return PrefillBatch(
+        sizes, pages = self.sizes, context // self.sizes.page
+        if name == "mixed":
+            tokens, rows = np.zeros(size, np.int32), np.zeros(sizes.rows, np.int32)
+            return MixedBatch(
                 tokens=tokens,
                 segments=tokens.copy(),
                 positions=tokens.copy(),
                 pages=np.full(size, TRASH, np.int32),
-                last=np.zeros(self.sizes.chunks, np.int32),
                 context=np.full(pages, TRASH, np.int32) if context else None,
+                newest=np.full(sizes.rows, size, np.int32),
+                tables=np.full((sizes.rows, sizes.length // sizes.page), TRASH, np.int32),
+                lengths=rows,
+                last=rows.copy(),
                 tops=np.False_,
-                how=_blank_sampling(self.sizes.chunks),
+                how=_blank_sampling(sizes.rows),
             )
         rows = np.zeros(size, np.int32)
         return DecodeBatch(
             tokens=rows,
             lengths=rows.copy(),
             context=np.full((size, pages), TRASH, np.int32),
-            pages=np.full((size, self.sizes.steps), TRASH, np.int32),
+            pages=np.full((size, sizes.steps), TRASH, np.int32),
             left=rows.copy(),
             stops=np.full((size, STOPS), -1, np.int32),
             steps=np.int32(0),
@@ -254,9 +267,11 @@ def _fill(how: Sampling, rows: Sequence[RowSampling], positions: Sequence[int]) 
 def _produced(sampled: Sampled, row: int, count: int, tops: int, stops: Sequence[int] = ()) -> Produced:
     tokens = sampled.tokens[:count, row].tolist()
     count = next((i + 1 for i, token in enumerate(tokens) if token in stops), count)
-    logprobs = []
-    for step in range(count):
-        ids, values = sampled.top_ids[step, row].tolist(), sampled.top_logprobs[step, row].tolist()
-        others = [(i, v) for i, v in zip(ids, values, strict=True) if i != tokens[step]][:tops] if tops else []
-        logprobs.append(TokenLogprob(float(sampled.logprobs[step, row]), dict(others)))
-    return Produced(tokens[:count], logprobs)
+    values = sampled.logprobs[:count, row].tolist()
+    others: list[dict[int, float]] = [{} for _ in values]
+    if tops:
+        ids, their = sampled.top_ids[:count, row].tolist(), sampled.top_logprobs[:count, row].tolist()
+        for step, found in enumerate(others):
+            pairs = [(i, v) for i, v in zip(ids[step], their[step], strict=True) if i != tokens[step]]
+            found.update(pairs[:tops])
+    return Produced(tokens[:count], [TokenLogprob(*entry) for entry in zip(values, others, strict=True)])

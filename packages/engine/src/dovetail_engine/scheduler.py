@@ -1,13 +1,13 @@
 """Scheduler: what the next step computes. Pure Python: no device, no clock, no randomness.
 
 A sequence is its tokens, how many of them are in the cache, and its pages. One that lacks only its last token decodes;
-one that lacks more prefills. Plans take turns:
+one that lacks more prefills. A plan has
 
+- decode: every sequence that decodes, each for the same number of steps: one while others are to be prefilled, in the
+  same pass over the weights, so that no reply stalls for longer than a chunk takes; else `decode_steps`.
 - prefill: chunks of at most `chunk_tokens` tokens together. The sequence that the last one left half done comes first,
   then waiting ones in order of arrival, cut only when longer than a whole plan; a chunk that ends with the sequence's
   last token yields its next one.
-- decode: every sequence that decodes, each for the same number of steps: one while others are to be prefilled, so that
-  slots fill soon and no reply stalls for longer than a chunk takes, else `decode_steps`.
 
 Pages of a whole prompt are taken when it is admitted, further ones as a reply grows. When none are left the youngest
 sequence gives its pages back and waits at the head of the queue; its tokens are computed again later.
@@ -59,7 +59,7 @@ class Chunk(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What one step computes: chunks, or sequences that each grow by at most `steps` tokens."""
+    """What a step computes: chunks, and sequences that grow by at most `steps` tokens each, 1 where there are chunks."""
 
     prefill: tuple[Chunk, ...] = ()
     decode: tuple[Sequence, ...] = ()
@@ -68,7 +68,7 @@ class Plan(NamedTuple):
     @property
     def sequences(self) -> list[Sequence]:
         """All that take part."""
-        return [*self.decode, *(chunk.sequence for chunk in self.prefill)]
+        return [*(chunk.sequence for chunk in self.prefill), *self.decode]
 
 
 class Scheduler:
@@ -92,7 +92,6 @@ class Scheduler:
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
-        self._prefilled = False
 
     def add(self, sequence: Sequence) -> None:
         """Queue a sequence."""
@@ -100,14 +99,10 @@ class Scheduler:
 
     def plan(self) -> Plan:
         """Return the next plan; an empty one when there is nothing to do."""
-        ready = any(sequence.missing == 1 for sequence in self.running)
-        if not (ready and self._prefilled):
-            chunks = self._prefill()
-            self._prefilled = bool(chunks)
-            if chunks or not ready:
-                return Plan(prefill=tuple(chunks))
-        self._prefilled = False
-        return self._decode(1 if self._admits() else self.decode_steps)
+        if not self._admits():
+            return Plan((), *self._decode(self.decode_steps))
+        ready, steps = self._decode(1)  # first, so that they have their pages before another takes them
+        return Plan(tuple(self._prefill()), ready, steps)
 
     def accept(self, sequence: Sequence, tokens: Tokens[int]) -> None:
         """Append the tokens that a step produced; all before the last of them are in the cache now."""
@@ -137,20 +132,24 @@ class Scheduler:
         self.pool.give(sequence.pages)
         sequence.pages, sequence.computed = [], 0
 
-    def _decode(self, steps: int) -> Plan:
-        """Give each sequence pages for `steps` tokens, for one if that is too many; preempt if that is too many too."""
+    def _decode(self, steps: int) -> tuple[tuple[Sequence, ...], int]:
+        """Give each sequence pages for `steps` tokens, for one if that is too many; preempt if that is too many too.
+
+        Returns:
+            the sequences and the number of steps.
+        """
         while ready := [sequence for sequence in self.running if sequence.missing == 1]:
             steps = min(steps, max(s.limit - len(s.tokens) for s in ready))
             counts = [self._lacking(s, min(len(s.tokens) + steps, s.limit) - 1) for s in ready]
             if sum(counts) <= self.pool.free:
                 for sequence, count in zip(ready, counts, strict=True):
                     sequence.pages += self.pool.take(count) or []
-                return Plan(decode=tuple(ready), steps=steps)
+                return tuple(ready), steps
             if steps > 1:
                 steps = 1
             else:
                 self.preempt(self.running[-1])
-        return Plan()
+        return (), 0
 
     def _lacking(self, sequence: Sequence, tokens: int) -> int:
         return max(0, pages_for(tokens, self.page_size) - len(sequence.pages))

@@ -1,4 +1,4 @@
-"""The two programs of an engine as pure functions: prefill chunks, or decode some rows for some steps.
+"""The two programs of an engine as pure functions: chunks and single tokens mixed, or some rows for some steps.
 
 Both run the model's one forward with a paged mixer and sample on the device. Nothing about a request is static: one
 program serves every mix of temperatures, filters, seeds, stop tokens and log-probabilities.
@@ -10,11 +10,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from dovetail_engine.mixers import Cache, DecodeMixer, PrefillMixer
+from dovetail_engine.mixers import Cache, DecodeMixer, MixedMixer
 from dovetail_kernels import Sampling, logprobs, sample, top_logprobs
 from dovetail_protocols import LanguageModel
 
-__all__ = ["TOP", "DecodeBatch", "PrefillBatch", "Sampled", "decode", "prefill"]
+__all__ = ["TOP", "DecodeBatch", "MixedBatch", "Sampled", "decode", "mixed"]
 
 TOP = 21
 """The likeliest tokens that a program reports, at most: twenty alternatives and the chosen one."""
@@ -30,26 +30,32 @@ class Sampled(NamedTuple):
     top_logprobs: Any
 
 
-class PrefillBatch(NamedTuple):
-    """Chunks, flattened and padded.
+class MixedBatch(NamedTuple):
+    """Chunks and the newest tokens of other rows, flattened and padded; see `MixedMixer`.
 
     Attributes:
         tokens: int ``[tokens]``.
-        segments: int ``[tokens]``: which chunk, from 1; 0 is padding.
+        segments: int ``[tokens]``: which chunk or row, from 1; 0 is padding.
         positions: int ``[tokens]``.
         pages: int ``[tokens]``: where each token goes.
-        last: int ``[rows]``: the place of each chunk's last token.
         context: int ``[pages]`` of the first chunk's sequence, None in programs without context.
+        newest: int ``[rows]``: the places of single tokens, `tokens` where there is none.
+        tables: int ``[rows, pages]`` of their sequences.
+        lengths: int ``[rows]``, 0 where there is none.
+        last: int ``[rows]``: the places after which a token is sampled.
         tops: whether the alternatives are wanted.
-        how: one entry per row.
+        how: one entry per place.
     """
 
     tokens: Any
     segments: Any
     positions: Any
     pages: Any
-    last: Any
     context: Any
+    newest: Any
+    tables: Any
+    lengths: Any
+    last: Any
     tops: Any
     how: Sampling
 
@@ -80,13 +86,21 @@ class DecodeBatch(NamedTuple):
     how: Sampling
 
 
-def prefill(build: Build, params: Any, cache: Cache, batch: PrefillBatch) -> tuple[Cache, Sampled]:
-    """Write chunks to the cache and sample the token after each."""
+def mixed(build: Build, params: Any, cache: Cache, batch: MixedBatch) -> tuple[Cache, Sampled]:
+    """Write chunks and single tokens to the cache and sample the token after each."""
     model = build(params)
-    mixer = PrefillMixer(cache, batch.segments, batch.positions, batch.pages, batch.context)
+    mixer = MixedMixer(
+        cache,
+        batch.segments,
+        batch.positions,
+        batch.pages,
+        batch.context,
+        batch.newest,
+        batch.tables,
+        batch.lengths,
+    )
     hidden, _, mixer = model.hidden(batch.tokens, batch.positions, mixer)
-    logits = model.unembed(hidden[batch.last])
-    sampled = _sample(logits, batch.how, batch.tops)
+    sampled = _sample(model.unembed(hidden[batch.last]), batch.how, batch.tops)
     return mixer.cache, jax.tree.map(lambda x: x[None], sampled)
 
 

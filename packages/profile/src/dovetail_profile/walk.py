@@ -42,7 +42,7 @@ class CostError(ValueError):
     """The cost of a program depends on values that are not known."""
 
 
-def cost(f: Callable[..., Any], *args: Any, while_trips: int | None = None, **kwargs: Any) -> Cost:
+def cost(f: Callable[..., Any], *args: Any, while_trips: float | None = None, **kwargs: Any) -> Cost:
     """Return what one call of `f` costs, counted over its jaxpr after dead code is removed.
 
     Conventions:
@@ -191,7 +191,7 @@ def _pallas(equation: Any, scope: str, trips: float | None) -> Cost:
     return Cost({(scope, "pallas_call"): counts}, 0, inside.uncounted)
 
 
-_CONTROL: dict[str, Callable[[Any, str, int | None], Cost]] = {
+_CONTROL: dict[str, Callable[[Any, str, float | None], Cost]] = {
     "scan": _scan,
     "while": _while,
     "cond": _cond,
