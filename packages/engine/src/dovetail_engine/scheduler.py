@@ -59,7 +59,7 @@ class Chunk(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a step computes: chunks, and sequences that grow by at most `steps` tokens each, 1 where there are chunks."""
+    """What a step computes: chunks, and sequences that grow by up to `steps` tokens each, 1 where there are chunks."""
 
     prefill: tuple[Chunk, ...] = ()
     decode: tuple[Sequence, ...] = ()
