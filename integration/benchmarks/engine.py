@@ -25,9 +25,6 @@ class Dovetail:
     """`dovetail_engine.Engine`."""
 
     def __init__(self, c: dict[str, Any]) -> None:
-        from dovetail.memory import keep_pages
-
-        keep_pages()
         import functools
 
         import jax

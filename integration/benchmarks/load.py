@@ -175,6 +175,8 @@ def server(
 ) -> Iterator[tuple[str, float]]:
     """Run a server while the block runs; give its URL and the seconds that it took to be ready.
 
+    It allocates memory as a user's would: a worker's settings for that are not passed on.
+
     Args:
         command: words in which ``{port}`` stands for a free port.
         timeout: seconds to wait for ``/health``.
@@ -188,7 +190,8 @@ def server(
         port = probe.getsockname()[1]
     words = [word.replace("{port}", str(port)) for word in command]
     started = time.perf_counter()
-    environment = {**os.environ, **(variables or {})}
+    usual = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+    environment = {**usual, **(variables or {})}
     process = subprocess.Popen(
         words,
         stdin=subprocess.DEVNULL,

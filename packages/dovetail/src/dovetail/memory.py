@@ -2,7 +2,8 @@
 
 XLA on CPU allocates the temporary buffer of an execution with malloc. By default glibc maps such a block from the
 kernel and gives it back afterwards, and every page of it faults at every step. An application may ask glibc to keep
-its pages; a library must not, so this is called by commands only.
+its pages; a library must not, so this is called by commands only. A server gains nothing, and starts half as fast when
+all its compiling threads wait for the one arena.
 """
 
 import ctypes

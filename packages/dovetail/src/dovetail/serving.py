@@ -144,11 +144,9 @@ class Serve:
     def run(self) -> int:
         """Serve until a signal."""
         import dovetail_serve
-        from dovetail.memory import keep_pages
         from dovetail.pretrain import user_errors
         from dovetail.ui import UI
 
-        keep_pages()
         ui = UI()
         with user_errors():
             from dovetail.pretrained import Pretrained
