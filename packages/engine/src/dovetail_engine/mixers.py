@@ -79,10 +79,10 @@ class MixedMixer(_Mixer):
         window: int | None = None,
     ) -> tuple[Float[Array, "tokens heads value_dim"], "MixedMixer"]:
         """See `dovetail_protocols.Mixer.attend`."""
-        held = self.cache[layer]
-        slots = self.positions % held[0].shape[2]
-        keys, values = (update_pages(pool, x, self.pages, slots) for pool, x in zip(held, (key, value), strict=True))
-        mixed = self._chunks(held, query, key, value, scale, window)
+        pools = self.cache[layer]
+        slots = self.positions % pools[0].shape[2]
+        keys, values = (update_pages(pool, x, self.pages, slots) for pool, x in zip(pools, (key, value), strict=True))
+        mixed = self._chunks((keys, values), query, key, value, scale, window)
         newest = query.at[self.newest].get(mode="clip")
         alone = paged_attention(newest, keys, values, self.tables, self.lengths, scale=scale, window=window)
         cache = (*self.cache[:layer], (keys, values), *self.cache[layer + 1 :])
