@@ -119,13 +119,21 @@ def _checked(x: Any) -> Mask:
     return x
 
 
-@jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class And(Mask):
-    """What both masks allow."""
-
+class _Pair(Mask):
     a: Any
     b: Any
+
+    def check(self, matrix: Matrix) -> None:
+        """See `Mask.check`."""
+        self.a.check(matrix)
+        self.b.check(matrix)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class And(_Pair):
+    """What both masks allow."""
 
     def __str__(self) -> str:
         """Return how it is written."""
@@ -157,19 +165,11 @@ class And(Mask):
         parts = zip(self.a.seen(matrix), self.b.seen(matrix), strict=True)
         return Seen(*(b if a is None else a if b is None else a & b for a, b in parts))
 
-    def check(self, matrix: Matrix) -> None:
-        """See `Mask.check`."""
-        self.a.check(matrix)
-        self.b.check(matrix)
-
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class Or(Mask):
+class Or(_Pair):
     """What either mask allows."""
-
-    a: Any
-    b: Any
 
     def __str__(self) -> str:
         """Return how it is written."""
@@ -205,8 +205,3 @@ class Or(Mask):
         """See `Mask.seen`."""
         parts = zip(self.a.seen(matrix), self.b.seen(matrix), strict=True)
         return Seen(*(None if a is None or b is None else a | b for a, b in parts))
-
-    def check(self, matrix: Matrix) -> None:
-        """See `Mask.check`."""
-        self.a.check(matrix)
-        self.b.check(matrix)

@@ -15,7 +15,7 @@ Outcome: TypeAlias = Callable[[Mapping[str, Any], Axes], Any]
 
 
 class Program(NamedTuple):
-    """The part of a call that is fixed when it is traced; hashable if all of it is."""
+    """A call without its arrays: what is fixed when it is traced; hashable if all of it is."""
 
     function: Callable[..., Any]
     config: tuple[tuple[str, Any], ...]
@@ -23,30 +23,37 @@ class Program(NamedTuple):
     still: tuple[tuple[type, Any] | None, ...]
     """What is not an array, in its place; the type tells 1 from 1.0 and True."""
 
-    def __call__(self, arrays: list[Any]) -> Any:
+    @classmethod
+    def split(
+        cls, function: Callable[..., Any], arguments: Mapping[str, Any], config: Mapping[str, Any]
+    ) -> tuple["Program", list[Any]]:
+        """Return the call of a function without its arrays, and the arrays."""
+        leaves, structure = jax.tree.flatten(dict(arguments))
+        still = tuple(None if _is_array(x) else (type(x), x) for x in leaves)
+        program = cls(function, tuple(sorted(config.items())), structure, still)
+        return program, [x for x in leaves if _is_array(x)]
+
+    def __call__(self, *arrays: Any) -> Any:
         """Run with the arrays in their places."""
         given = iter(arrays)
         leaves = [next(given) if value is None else value[1] for value in self.still]
         return self.function(**jax.tree.unflatten(self.structure, leaves), **dict(self.config))
 
 
-def run(name: str, function: Callable[..., Any], arguments: Mapping[str, Any], config: Mapping[str, Any]) -> Any:
+def run(name: str, function: Callable[..., Any], config: Mapping[str, Any], /, **arguments: Any) -> Any:
     """Call a function of named arguments as a program that is compiled once per kind of call, also outside of jit."""
-    leaves, structure = jax.tree.flatten(dict(arguments))
-    still = tuple(None if _is_array(x) else (type(x), x) for x in leaves)
-    program = Program(function, tuple(sorted(config.items())), structure, still)
-    arrays = [x for x in leaves if _is_array(x)]
+    program, arrays = Program.split(function, arguments, config)
     try:
         hash(program)
     except TypeError:  # an implementation or an argument of the user's own
-        return program(arrays)
-    return _jitted(name)(program, arrays)
+        return program(*arrays)
+    return _jitted(name)(program, *arrays)
 
 
 @functools.cache
 def _jitted(name: str) -> Callable[..., Any]:
-    def call(program: Program, arrays: list[Any]) -> Any:
-        return program(arrays)
+    def call(program: Program, *arrays: Any) -> Any:
+        return program(*arrays)
 
     call.__name__ = call.__qualname__ = name
     return jax.jit(call, static_argnums=0)
@@ -54,19 +61,11 @@ def _jitted(name: str) -> Callable[..., Any]:
 
 def partitioned(function: Callable[..., Any], arguments: Mapping[str, Any], outcome: Outcome) -> Any:
     """Call a function of named arguments, with the partitioner at work inside where operands have explicit axes."""
-    axes = {name: _axes(value) for name, value in arguments.items()}
-    leaves, structure = jax.tree.flatten(dict(arguments))
-    if not any(axis is not None for x in leaves if _is_array(x) for axis in _axes(x)):
+    program, arrays = Program.split(function, arguments, {})
+    if not any(axis is not None for x in arrays for axis in _axes(x)):
         return function(**arguments)
-    places = [i for i, x in enumerate(leaves) if _is_array(x)]
-
-    def inside(*arrays: Any) -> Any:
-        given = list(leaves)
-        for place, array in zip(places, arrays, strict=True):
-            given[place] = array
-        return function(**jax.tree.unflatten(structure, given))
-
-    return jax.sharding.auto_axes(inside, out_sharding=outcome(arguments, axes))(*(leaves[i] for i in places))
+    axes = {name: _axes(value) for name, value in arguments.items()}
+    return jax.sharding.auto_axes(program, out_sharding=outcome(arguments, axes))(*arrays)
 
 
 def _axes(x: Any) -> tuple[Any, ...]:

@@ -19,7 +19,6 @@ from dovetail_kernels.operation import Call, Implementation, Operation, Wanted
 
 __all__ = ["GATED_DELTA_RULE", "gated_delta_rule", "gated_delta_step"]
 
-SMALL, LARGE = 32, 64
 BLOCK = 8
 
 
@@ -199,7 +198,7 @@ def _blocked(
     the strictly lower part of ``beta k k^T`` with the decays in between.
     """
     (batch, time, heads, _), groups = value.shape, query.shape[2]
-    chunk = min(time, chunk or (SMALL if max(query.shape[3], value.shape[3]) <= 64 else LARGE))
+    chunk = min(time, chunk or _chunk(query.shape[3], value.shape[3]))
     group = heads // groups
     segments = _recurrent.runs(segment_ids)
     operands = _recurrent.without_padding(segments, query, key, value, log_decay, beta)
@@ -230,6 +229,11 @@ def _blocked(
     out = scores @ new + (q[:, :, :, None] * into) @ states
     out = _recurrent.unfold(out.transpose(0, 1, 4, 2, 3, 5).reshape(batch, -1, chunk, heads, v.shape[-1]), time)
     return _masked(out, segments).astype(value.dtype), after.reshape(batch, heads, *after.shape[3:])
+
+
+def _chunk(key_dim: int, value_dim: int) -> int:
+    """Return how many tokens to take at a time: the work inside a chunk grows with it, that on states with the heads."""
+    return 32 if max(key_dim, value_dim) <= 64 else 64
 
 
 @jax.custom_jvp

@@ -6,6 +6,7 @@ faster by `tune` (inside `tuned`), the order of the operation's table. All of it
 
 import dataclasses
 import difflib
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, runtime_checkable
 
@@ -189,9 +190,7 @@ class Operation:
         if (record := policy.value.record) is not None:
             record(decision)
 
-        def call(**arguments: Any) -> Any:
-            return run(self.name, decision.implementation, arguments, decision.config)
-
+        call = functools.partial(run, self.name, decision.implementation, decision.config)
         return call(**arguments) if self.outcome is None else partitioned(call, arguments, self.outcome)
 
     def decide(self, wanted: Wanted, arguments: Mapping[str, Any]) -> Decision:

@@ -99,10 +99,11 @@ def take(w: jax.Array | QuantizedArray, ids: jax.Array) -> jax.Array:
     if not w.shape[0]:
         w, ids = jnp.zeros((1, *w.shape[1:]), w.dtype), jnp.ones_like(ids)
 
-    def result(_: Any, axes: Any) -> PartitionSpec:
-        return PartitionSpec(*axes["ids"], *(axis if axis not in axes["ids"] else None for axis in axes["w"][1:]))
+    return partitioned(_taken, {"w": w, "ids": int32(ids)}, _taken_axes)
 
-    return partitioned(_taken, {"w": w, "ids": int32(ids)}, result)
+
+def _taken_axes(_: Any, axes: Any) -> PartitionSpec:
+    return PartitionSpec(*axes["ids"], *(axis if axis not in axes["ids"] else None for axis in axes["w"][1:]))
 
 
 def _taken(w: jax.Array | QuantizedArray, ids: jax.Array) -> jax.Array:
