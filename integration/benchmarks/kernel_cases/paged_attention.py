@@ -7,9 +7,9 @@ from kernel_cases.shape import Shape
 BASE = {"rows": 16, "longest": 2048, "heads": 8, "kv_heads": 2, "dim": 64, "page_size": 16, "dtype": "float32"}
 VARY = {"rows": 1, "longest": 128, "dim": 16}
 CASES = [
-    Shape("decode", BASE, VARY, inner=10),
-    Shape("decode, int8 cache", {**BASE, "dtype": "int8"}, VARY, inner=10, tolerance=3e-2),
-    Shape("decode, pages of 1", {**BASE, "page_size": 1}, {}, inner=10),
+    Shape("decode", BASE, VARY, inner=60),
+    Shape("decode, int8 cache", {**BASE, "dtype": "int8"}, VARY, inner=60, tolerance=3e-2),
+    Shape("decode, pages of 1", {**BASE, "page_size": 1}, {}, inner=60),
 ]
 
 

@@ -8,6 +8,7 @@ lengths of the rows, not the width of their tables. Rows never meet in a product
 Rows with few query tokens have blocks of their own size, so that decoding rows are not padded to those of a prefill.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -21,9 +22,8 @@ from dovetail_protocols import QuantizedArray
 
 __all__ = ["attention", "configs"]
 
-SIZES = (1, 64)
+SIZES, LANES = (1, 64), (28, 8)
 KEYS = 64
-LANES = 8
 
 
 class How(NamedTuple):
@@ -76,12 +76,11 @@ class Line(NamedTuple):
 def configs(call: Call) -> Iterator[dict[str, Any]]:
     """Return configurations worth trying."""
     ragged = call.arguments["rows"] is not None
-    lanes = (2, 4, 8, 16) if call.platform == "cpu" else (16, 64, 256)
-    for keys in (64, 128, 256, 512):
-        for count in lanes:
-            yield from (
-                {"keys": keys, "lanes": count, "sizes": s} for s in (((1, 32), (1, 128)) if ragged else (SIZES,))
-            )
+    few, many = ((8, 16, 24, 32), (4, 8)) if call.platform == "cpu" else ((16, 64, 256), (16, 64))
+    for keys in (64, 128, 256):
+        for one in few:
+            for more, sizes in itertools.product(many, ((1, 32), (1, 128))) if ragged else [(LANES[1], SIZES)]:
+                yield {"keys": keys, "lanes": (one, more), "sizes": sizes}
 
 
 def attention(
@@ -101,29 +100,30 @@ def attention(
     return_lse: bool,
     sizes: tuple[int, ...] = SIZES,
     keys: int = KEYS,
-    lanes: int = LANES,
+    lanes: tuple[int, ...] = LANES,
 ) -> tuple[jax.Array, jax.Array | None]:
     """See `dovetail_kernels.paged_attention`; shapes are checked there.
 
-    A configuration is the sizes of blocks of query tokens where rows have any number of them, the keys of a chunk, and
-    the number of lanes.
+    A configuration is the sizes of blocks of query tokens, ascending, the number of lanes for blocks of each size, and
+    the keys of a chunk.
     """
     arrays = (query, key_pages, value_pages, tables, lengths, rows, positions, sinks)
     leaves, tree = jax.tree.flatten(arrays)
     query, key_pages, value_pages, tables, lengths, rows, positions, sinks = jax.tree.unflatten(tree, alike(*leaves))
     page_size = key_pages.shape[2]
     per_chunk = max(1, min(keys // page_size, tables.shape[1]))
-    how = How(scale, softcap, window, value_dim, per_chunk * page_size, lanes)
+    how = How(scale, softcap, window, value_dim, per_chunk * page_size, lanes[-1])
     pages = _pages(key_pages, value_pages, tables, per_chunk)
     lengths = jnp.minimum(lengths, tables.shape[1] * page_size)
     if rows is None:
         size = len(query) // len(lengths)
+        how = how._replace(lanes=next((n for most, n in zip(sizes, lanes, strict=True) if size <= most), lanes[-1]))
         every = jnp.arange(len(query), dtype=jnp.int32).reshape(-1, size)
         blocks = _blocks(jnp.arange(len(lengths), dtype=jnp.int32), every, positions, lengths, window)
         out, lse = _attend(how, query, pages, blocks, sinks)
         out, lse = (x.transpose(0, 3, 1, 2, 4).reshape(*query.shape[:2], -1) for x in (out, lse))
     else:
-        out, lse = _ragged(how, query, pages, lengths, rows, positions, sinks, sizes)
+        out, lse = _ragged(how, query, pages, lengths, rows, positions, sinks, sizes, lanes)
     return out.astype(query.dtype), lse[..., 0] if return_lse else None
 
 
@@ -155,6 +155,7 @@ def _ragged(
     positions: jax.Array,
     sinks: jax.Array | None,
     sizes: tuple[int, ...],
+    lanes: tuple[int, ...],
 ) -> tuple[jax.Array, jax.Array]:
     """Attend with any number of tokens per row: sort them by row, and cut each row into blocks of a fitting size."""
     time, count = len(query), len(lengths)
@@ -182,7 +183,7 @@ def _ragged(
         exists = (offset < per_row[owner][:, None]) & (every < ends[-1])[:, None]
         tokens = order[jnp.clip(starts[owner][:, None] + offset, 0, time - 1)]
         blocks = _blocks(owner, tokens, positions, lengths, how.window, exists)
-        found = _attend(how, query, pages, blocks, sinks)
+        found = _attend(how._replace(lanes=lanes[index]), query, pages, blocks, sinks)
         block = jnp.clip((ends - blocks_of)[rows] + within // size, 0, total - 1)
         mine, (some, its) = chosen[rows][:, None, None], (_picked(x, block, within % size) for x in found)
         out, lse, before = jnp.where(mine, some, out), jnp.where(mine, its, lse), size
@@ -226,6 +227,7 @@ class State(NamedTuple):
 def _attend(how: How, query: jax.Array, pages: Pages, blocks: Blocks, sinks: Any) -> tuple[jax.Array, jax.Array]:
     """Return ``[blocks, kv_heads, group, size, value_dim]`` and the log-sum-exp, ``[..., 1]``."""
     (count, size), kv_heads, group = blocks.tokens.shape, pages.keys.shape[1], query.shape[1] // pages.keys.shape[1]
+    how = how._replace(lanes=min(how.lanes, count * pages.tables.shape[1]))
     q = query[blocks.tokens].reshape(count, size, kv_heads, group, -1).transpose(0, 2, 3, 1, 4)
     q = q.reshape(count, kv_heads, group * size, -1)
     line, lanes = _line(how, blocks), jnp.arange(how.lanes, dtype=jnp.int32)
@@ -271,14 +273,12 @@ def _add(how: How, state: State, q: jax.Array, pages: Pages, ids: jax.Array, see
     lanes, kv_heads, _, _ = q.shape
     wide = exact(q.dtype)
 
-    def gather(pool: jax.Array) -> jax.Array:
+    def gather(pool: jax.Array, ids: jax.Array = ids) -> jax.Array:
         held = pool.at[ids].get(mode="promise_in_bounds")
         return jnp.moveaxis(held, 2, 1).reshape(lanes, kv_heads, how.chunk, *pool.shape[3:])
 
     owned = jnp.any(seen, 1)[:, None, :, None]
     keys = gather(pages.keys).astype(q.dtype)
-    values = keys[..., : how.value_dim] if pages.values is None else gather(pages.values).astype(q.dtype)
-    values = jnp.where(owned, values, jnp.zeros((), q.dtype))
     logits = _dot("lkqd,lksd->lkqs", q, keys) * how.scale
     if pages.key_scales is not None:
         logits = logits * gather(pages.key_scales).astype(wide)[:, :, None]
@@ -291,10 +291,21 @@ def _add(how: How, state: State, q: jax.Array, pages: Pages, ids: jax.Array, see
     safe = jnp.where(jnp.isneginf(peak), jnp.zeros((), wide), peak)
     before, p = jnp.exp(state.peak - safe), jnp.exp(logits - safe)
     total = state.total * before + jnp.sum(p, -1, keepdims=True)
+    values = keys[..., : how.value_dim] if pages.values is None else gather(pages.values, _once(total, ids))
+    values = jnp.where(owned, values.astype(q.dtype), jnp.zeros((), q.dtype))
     scales = pages.key_scales if pages.values is None else pages.value_scales
     if scales is not None:
         p = p * jnp.where(owned, gather(scales).astype(wide)[..., None], 0)[..., 0][:, :, None]
     return State(peak, total, state.out * before + _dot("lkqs,lksd->lkqd", p.astype(q.dtype), values))
+
+
+def _once(total: jax.Array, ids: jax.Array) -> jax.Array:
+    """Return the same ids, known only once a total is, which is never negative.
+
+    XLA's CPU runtime would read the values on one thread while another reads the keys, and hand both over for the
+    products; one after the other, each on all threads, they take two thirds of the time.
+    """
+    return ids + (total.reshape(-1)[0] < 0).astype(ids.dtype)
 
 
 def _owners(line: Line, lanes: int) -> jax.Array:

@@ -232,7 +232,7 @@ def _blocked(
 
 
 def _chunk(key_dim: int, value_dim: int) -> int:
-    """Return how many tokens to take at a time: the work inside a chunk grows with it, that on states with the heads."""
+    """Return how many tokens to take at once: work inside a chunk grows with it, work on states with the heads."""
     return 32 if max(key_dim, value_dim) <= 64 else 64
 
 
