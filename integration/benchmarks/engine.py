@@ -5,6 +5,7 @@ transformers has no scheduler: it gets static batches of `STATIC` requests in th
 longest prompt and run to its longest output. Prefix caching is off, because every turn sends the same prompts.
 """
 
+import functools
 import os
 import random
 from typing import Any
@@ -25,8 +26,6 @@ class Dovetail:
     """`dovetail_engine.Engine`."""
 
     def __init__(self, c: dict[str, Any]) -> None:
-        import functools
-
         import jax
 
         from dovetail_engine import Engine, EngineOptions

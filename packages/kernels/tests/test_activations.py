@@ -81,18 +81,30 @@ def test_leading_axes_and_dtypes() -> None:
     np.testing.assert_allclose(jax.vmap(lambda x: gated_linear_unit(x, gate, up))(x), expected, atol=1e-5)
 
 
-def test_many_tokens_with_both_weights_in_one() -> None:
-    """A unit with one array for both weights trains as one with two does, however many tokens it gets."""
-    x, gate, up = (jnp.asarray(a, jnp.float32) for a in draw((300, 4), (4, 6), (4, 6)))
-    bias = jnp.asarray(draw((2, 6))[0], jnp.float32)
-    got = jax.grad(lambda x, both: jnp.sum(gated_linear_unit(x, both, gate_bias=bias) ** 2), (0, 1))
-    expected = jax.grad(
-        lambda x, *w: jnp.sum(gated_linear_unit(x, *w, gate_bias=bias[0], up_bias=bias[1]) ** 2), (0, 1, 2)
-    )
-    first, both = jax.jit(got)(x, jnp.stack([gate, up], 1))
-    second, *each = jax.jit(expected)(x, gate, up)
-    np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-5)
-    np.testing.assert_allclose(both, jnp.stack(each, 1), rtol=1e-5, atol=1e-4)
+@pytest.mark.parametrize("devices", [1, 8])
+def test_both_weights_in_one(devices: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit with one array for both weights computes and trains as one with two does, on one device or several."""
+    monkeypatch.setattr(jax, "device_count", lambda: devices)
+    x, gate, up = (jnp.asarray(a, jnp.float32) for a in draw((300 + devices, 4), (4, 6), (4, 6)))
+    bias, both = jnp.asarray(draw((2, 6))[0], jnp.float32), jnp.stack([gate, up], 1)
+
+    def one(x: jax.Array, both: jax.Array) -> jax.Array:
+        return gated_linear_unit(x, both, gate_bias=bias)
+
+    def two(x: jax.Array, both: jax.Array) -> jax.Array:
+        return gated_linear_unit(x, both[:, 0], both[:, 1], gate_bias=bias[0], up_bias=bias[1])
+
+    def uses(unit: Any) -> Any:
+        def all_of_them(x: jax.Array, both: jax.Array) -> Any:
+            gradients = jax.grad(lambda *a: jnp.sum(unit(*a) ** 2), (0, 1))
+            tangents = jax.jvp(unit, (x, both), (x, both))[1]
+            curvature = jax.jvp(gradients, (x, both), (x, both))[1]
+            return unit(x, both), gradients(x, both), tangents, curvature
+
+        return jax.jit(all_of_them)(x, both)
+
+    for a, b in zip(jax.tree.leaves(uses(one)), jax.tree.leaves(uses(two)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-4 * float(jnp.abs(b).max()))
 
 
 def test_quantized_weights() -> None:

@@ -1,7 +1,6 @@
 """Attention against a float64 NumPy form with gradients by hand, and the implementations against each other."""
 
 import functools
-import types
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,10 +13,7 @@ from hypothesis import strategies as st
 from jax.sharding import NamedSharding, PartitionSpec
 
 from dovetail_kernels import (
-    Dropout,
     Mask,
-    _blocked,
-    _cudnn,
     attention,
     causal,
     chunked,
@@ -31,7 +27,6 @@ from dovetail_kernels import (
 )
 from dovetail_kernels._dtypes import exact
 from dovetail_kernels.masks import Tile
-from dovetail_kernels.operation import Call
 
 SMALL = configured("blocked", rows=16, chunk=24)
 BOTH = ["reference", SMALL]
@@ -374,48 +369,6 @@ def test_merge_of_nothing_seen() -> None:
         merge([])
 
 
-def test_dropout() -> None:
-    """Weights vanish at the asked rate, the mean stays, and every implementation drops the same ones."""
-    shape = (2, 96, 4, 1)
-    q, v = jnp.zeros(shape), jnp.ones((2, 96, 2, 1))
-    dropout = Dropout(jax.random.key(0), 0.25)
-
-    def call(implementation: Any, q: jax.Array, v: jax.Array) -> jax.Array:
-        return attention(q, v, v, causal(), dropout=dropout, implementation=implementation)
-
-    @functools.partial(jax.jit, static_argnums=0)
-    def pulled(implementation: Any) -> list[jax.Array]:
-        out, pull = jax.vjp(functools.partial(call, implementation), q, v)
-        return [out, *pull(jnp.ones_like(out) * 0.3)]
-
-    expected = pulled("reference")
-    for a, b in zip(pulled(SMALL), expected, strict=True):
-        np.testing.assert_allclose(a, b, atol=1e-5)
-    kept = np.asarray(expected[0])[:, 0, :, 0]  # the first row sees one key: 0 or 4 / 3
-    assert set(np.unique(kept.round(4))) <= {0.0, np.float32(1.3333)}
-    assert abs(float(expected[0].mean()) - 1) < 0.02
-    other = attention(q, v, v, causal(), dropout=Dropout(jax.random.key(1), 0.25))
-    assert (np.asarray(other) != np.asarray(expected[0])).mean() > 0.5
-    plain = attention(q, v, v, causal())
-    np.testing.assert_array_equal(attention(q, v, v, causal(), dropout=Dropout(jax.random.key(1), 0.0)), plain)
-
-
-def test_dropout_in_shard_map() -> None:
-    """With the index of the shard in its key every shard drops others; with one key all drop the same."""
-    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
-    x, rows = jnp.ones((8, 16, 1, 1)), PartitionSpec("data")
-
-    def local(x: jax.Array, fold: bool) -> jax.Array:
-        key = jax.random.key(0)
-        key = jax.random.fold_in(key, jax.lax.axis_index("data")) if fold else key
-        return attention(x, x, x, dropout=Dropout(key, 0.5))
-
-    for fold in (False, True):
-        mapped = jax.shard_map(functools.partial(local, fold=fold), mesh=mesh, in_specs=rows, out_specs=rows)
-        patterns = np.asarray(jax.jit(mapped)(x)).reshape(8, -1)
-        assert len(np.unique(patterns, axis=0)) == (8 if fold else 1)
-
-
 def objective(q: jax.Array, kv: jax.Array, ids: jax.Array, implementation: Any = None) -> jax.Array:
     return jnp.sum(jnp.sin(attention(q, kv, kv * 2, causal() & segments(ids), implementation=implementation)))
 
@@ -473,120 +426,3 @@ def test_reference_has_every_derivative(operands: Any) -> None:
     np.testing.assert_allclose(curvature, (above - below) / (2 * step), atol=5e-3)
     with pytest.raises(TypeError, match="custom_vjp"):
         jax.jvp(lambda x: objective(x, kv, ids), (q,), (tangent,))
-
-
-def loss(mask: Mask | None, implementation: Any, q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    return jnp.sum(attention(q, k, v, mask, implementation=implementation))
-
-
-def compiled(mask: Mask | None, implementation: Any, time: int, heads: int = 1) -> Any:
-    shape = jax.ShapeDtypeStruct((1, time, heads, 4), jnp.float32)
-    gradient = jax.grad(functools.partial(loss, mask, implementation), argnums=(0, 1, 2))
-    return jax.jit(gradient).lower(shape, shape, shape).compile()
-
-
-def test_memory_is_blocks_not_squares() -> None:
-    """Long rows fit: temporaries stay far below the [time, time] weights of the textbook form."""
-    temp = {
-        name: compiled(causal(), name, 1024).memory_analysis().temp_size_in_bytes for name in ("blocked", "reference")
-    }
-    assert temp["blocked"] * 2 < temp["reference"]
-
-
-def test_blocks_that_nobody_sees_are_not_computed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A causal mask costs about half of the dense form, a window its width, packed rows their documents."""
-    done = list[int]()
-    plain = _blocked._dot
-
-    def counted(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-        sizes = dict(zip(spec[:4] + spec[5:9], a.shape + b.shape, strict=True))
-        done.append(2 * int(np.prod(list(sizes.values()))))
-        return plain(spec, a, b)
-
-    monkeypatch.setattr(_blocked, "_dot", counted)
-    x = jnp.ones((1, 256, 1, 4))
-    ids = jnp.repeat(jnp.arange(1, 9, dtype=jnp.int32), 32)[None]
-
-    def flops(mask: Mask | None) -> int:
-        """Operations of all matrix products of output and gradients; loops run as often as they run."""
-        done.clear()
-        implementation = configured("blocked", rows=16, chunk=16)
-        with jax.disable_jit():
-            jax.grad(functools.partial(loss, mask, implementation), argnums=(0, 1, 2))(x, x, x)
-        return sum(done)
-
-    everything = flops(None)
-    assert everything == 7 * 2 * 256 * 256 * 4
-    assert flops(causal()) == everything * 136 // 256
-    assert flops(causal() & window(17)) < 0.13 * everything
-    assert flops(causal() & chunked(32)) < 0.1 * everything
-    assert flops(causal() & segments(ids)) < 0.1 * everything
-
-
-@pytest.mark.parametrize(
-    ("device", "dim", "reason"),
-    [
-        (("rocm 60300", "gfx942"), 64, "needs an NVIDIA GPU, not gfx942"),
-        (("cuda 12090", "8.9"), 256, "needs compute capability 9.0 for head sizes above 128, not 8.9"),
-        (("cuda 12090", "8.9"), 128, None),
-        (("cuda 12090", "10.0"), 256, None),
-        (None, 256, None),
-    ],
-)
-def test_cudnn_is_asked_of_devices_that_have_it(
-    monkeypatch: pytest.MonkeyPatch, device: tuple[str, str] | None, dim: int, reason: str | None
-) -> None:
-    """The default on other GPUs would be a crash in the compiler; a machine without any lowers for another one."""
-
-    def devices(platform: str) -> list[Any]:
-        if device is None:
-            raise RuntimeError(f"no {platform}")
-        client = types.SimpleNamespace(platform_version=device[0])
-        return [types.SimpleNamespace(client=client, compute_capability=device[1], device_kind=device[1])]
-
-    monkeypatch.setattr(jax, "devices", devices)
-    x = jax.ShapeDtypeStruct((1, 16, 2, dim), jnp.bfloat16)
-    nothing = dict.fromkeys(("mask", "bias", "sinks", "softcap", "dropout"))
-    rest = {"query_offset": 0, "key_offset": 0, "return_lse": False}
-    call = Call("attention", {"query": x, "key": x, "value": x, **nothing, **rest}, "gpu")
-    assert _cudnn.supports(call) == (reason or True)
-
-
-Q, KV = jnp.ones((1, 4, 4, 8)), jnp.ones((1, 4, 2, 8))
-BAD: list[tuple[str, Any, dict[str, Any], str]] = [
-    ("rank", (Q[0], KV, KV), {}, r"query \(4, 4, 8\).*expected \[batch, time, heads, dim\]"),
-    ("batch", (jnp.ones((2, 4, 4, 8)), KV, KV), {}, "share"),
-    ("key dim", (jnp.ones((1, 4, 4, 6)), KV, KV), {}, "share"),
-    ("source", (Q, KV, KV[:, :3]), {}, "share"),
-    ("heads", (jnp.ones((1, 4, 3, 8)), KV, KV), {}, "heads 3 must be a multiple of kv_heads 2"),
-    ("no kv heads", (Q, KV[:, :, :0], KV[:, :, :0]), {}, "kv_heads 0"),
-    ("segments", (Q, KV, KV, segments(jnp.ones((1, 3), jnp.int32))), {}, r"\(1, 3\); expected \(1, 4\)"),
-    ("bias", (Q, KV, KV), {"bias": jnp.ones((1, 3, 4, 4))}, r"\(1, 3, 4, 4\); expected \(1, 4, 4, 4\)"),
-    ("sinks", (Q, KV, KV), {"sinks": jnp.ones(2)}, r"\(2,\); expected \(4,\)"),
-    ("softcap", (Q, KV, KV), {"softcap": 0.0}, "softcap=0.0"),
-    ("offset", (Q, KV, KV), {"query_offset": jnp.ones((3,), jnp.int32)}, r"query_offset has shape \(3,\); .*\(1,\)"),
-    ("implementation", (Q, KV, KV), {"implementation": "flash"}, "'flash'; expected one of"),
-]
-
-
-@pytest.mark.usefixtures("untyped")
-@pytest.mark.parametrize(("arrays", "options", "message"), [b[1:] for b in BAD], ids=[b[0] for b in BAD])
-def test_bad_input(arrays: Any, options: Any, message: str) -> None:
-    """A wrong shape or option is refused with the value, never broadcast into something plausible."""
-    with pytest.raises(ValueError, match=message):
-        attention(*arrays, **options)
-
-
-@pytest.mark.usefixtures("untyped")
-def test_bad_types() -> None:
-    """Integer operands would be softmaxed into zeros; an array is not a mask, nor is a bias of bools one."""
-    with pytest.raises(TypeError, match="int32"):
-        attention(Q, KV, KV.astype(jnp.int32))
-    with pytest.raises(TypeError, match=r"bias has dtype bool; expected a float .* goes to mask=dense\(array\)"):
-        attention(Q, KV, KV, bias=jnp.ones((1, 1, 4, 4), bool))
-    with pytest.raises(TypeError, match=r"query_offset=1.5; expected an int, or an array of integers"):
-        attention(Q, KV, KV, causal(), query_offset=1.5)
-    with pytest.raises(TypeError, match="expected a Mask such as"):
-        attention(Q, KV, KV, jnp.ones((4, 4), bool))
-    with pytest.raises(ValueError, match=r"rate=1.0; expected at least 0 and less than 1"):
-        Dropout(jax.random.key(0), 1.0)

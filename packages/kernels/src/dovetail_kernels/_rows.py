@@ -99,7 +99,7 @@ class Job(NamedTuple):
     chunk: int | None
     """Rows at a time."""
     bands: int | None
-    """Parts of the features in which the gradient of the weight is added up."""
+    """Parts of the features in which the gradient of the weight is added up; what divides them equally is taken."""
 
 
 class Softmax(NamedTuple):

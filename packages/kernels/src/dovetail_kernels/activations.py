@@ -24,8 +24,6 @@ Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "s
 """What is applied to the gate; "gelu" is the exact one. "clamped" is the unit of gpt-oss: with the gate at most 7 and
 the other factor within 7, ``gate * sigmoid(1.702 gate) * (up + 1)``."""
 
-MANY = 256
-"""From so many tokens on, copies of both weights cost less than the copies that a product with two axes makes."""
 _ALPHA, _LIMIT = 1.702, 7.0
 _FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -102,12 +100,8 @@ def _check(x: Any, gate: Any, up: Any, activation: str, gate_bias: Any, up_bias:
 def _reference(
     *, x: jax.Array, gate: Any, up: Any, activation: str, gate_bias: jax.Array | None, up_bias: jax.Array | None
 ) -> jax.Array:
-    if up is None and not isinstance(gate, QuantizedArray) and x.shape[0] >= MANY:
-        gate, up = gate[:, 0], gate[:, 1]
-        gate_bias, up_bias = (None, None) if gate_bias is None else (gate_bias[0], gate_bias[1])
     if up is None:
-        both = _plus(einsum("td,dgf->tgf", x, gate), gate_bias)
-        a, b = both[:, 0], both[:, 1]
+        a, b = _both(x, gate, gate_bias)
     else:
         a, b = _plus(einsum("td,df->tf", x, gate), gate_bias), _plus(einsum("td,df->tf", x, up), up_bias)
     wide = exact(x.dtype)
@@ -118,6 +112,34 @@ def _reference(
     else:
         out = _FUNCTIONS[activation](a) * b
     return out.astype(x.dtype)
+
+
+def _both(x: jax.Array, weight: Any, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Return the products with both halves of a weight ``[features, 2, hidden]``."""
+    if isinstance(weight, QuantizedArray):
+        both = _plus(einsum("td,dgf->tgf", x, weight), bias)
+        return both[:, 0], both[:, 1]
+    # With several devices the hidden axis may be sharded; as a matrix it would not stay so.
+    return _as_matrix(x, weight, bias) if jax.device_count() == 1 else _as_halves(x, weight, bias)
+
+
+@jax.custom_jvp
+def _as_matrix(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    """Take one product, of which nothing is copied; derivatives of any kind are those of two, for the same reason."""
+    features, _, hidden = weight.shape
+    whole = None if bias is None else bias.reshape(-1)
+    both = _plus(einsum("td,df->tf", x, weight.reshape(features, 2 * hidden)), whole)
+    return both[:, :hidden], both[:, hidden:]
+
+
+@_as_matrix.defjvp
+def _derivative(primals: Any, tangents: Any) -> Any:
+    return jax.jvp(_as_halves, primals, tangents)
+
+
+def _as_halves(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+    a, b = (_plus(einsum("td,df->tf", x, weight[:, i]), None if bias is None else bias[i]) for i in range(2))
+    return a, b
 
 
 def _plus(y: jax.Array, bias: jax.Array | None) -> jax.Array:
