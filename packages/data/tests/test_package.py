@@ -6,9 +6,9 @@ import sys
 LIGHT = """
 import time
 import numpy, xxhash, jaxtyping
-begin = time.perf_counter()
+begin = time.process_time()
 import dovetail_data, dovetail_data.commands
-print(time.perf_counter() - begin)
+print(time.process_time() - begin)
 import sys, threading
 assert not {"jax", "grain", "pyarrow", "tokenizers", "dovetail_protocols"} & set(sys.modules)
 assert threading.active_count() == 1
@@ -17,9 +17,9 @@ assert threading.active_count() == 1
 LOADER = """
 import time
 import numpy, xxhash, jaxtyping, grain, dovetail_protocols
-begin = time.perf_counter()
+begin = time.process_time()
 import dovetail_data.loader
-print(time.perf_counter() - begin)
+print(time.process_time() - begin)
 """
 
 
