@@ -1,12 +1,13 @@
-"""Write packages/models/tests/golden: tiny random ``LlamaForCausalLM`` checkpoints with their logits and gradients.
+"""Write packages/models/tests/golden: tiny random checkpoints of every family with their logits and gradients.
 
 The configurations are those of packages/models/tests/matrix.toml. Run inside the oracle environment `hf` (torch 2.13.0,
-transformers 5.23): ``python make_llama.py``.
+transformers 5.23): ``python make_models.py [names]``, by default all.
 """
 
 import json
 import pathlib
 import shutil
+import sys
 import tomllib
 from typing import Any
 
@@ -29,6 +30,7 @@ GRADIENTS = (
     "model.layers.0.self_attn.q_proj.weight",
     "model.layers.0.self_attn.q_proj.bias",
     "model.layers.0.input_layernorm.weight",
+    "model.layers.0.self_attn.k_norm.weight",
     "model.layers.1.self_attn.k_proj.weight",
     "model.layers.1.self_attn.o_proj.weight",
     "model.layers.1.self_attn.o_proj.bias",
@@ -62,8 +64,8 @@ def old_style(folder: pathlib.Path) -> None:
 def make(name: str, case: dict[str, Any], seed: int) -> None:
     torch.manual_seed(seed)
     store = case.get("store", {})
-    config = transformers.LlamaConfig(**(SIZES | case["hf"]), attn_implementation="eager")
-    model = transformers.LlamaForCausalLM(config).float().eval()
+    config = transformers.AutoConfig.for_model(case["family"], **(SIZES | case["hf"]))
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     widen(model)
     if "dtype" in store:
         model = model.to(getattr(torch, store["dtype"]))
@@ -73,7 +75,7 @@ def make(name: str, case: dict[str, Any], seed: int) -> None:
     if store.get("old_style"):
         old_style(folder)
 
-    model = transformers.LlamaForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     tokens = torch.randint(0, SIZES["vocab_size"], (2, 21))
     targets = torch.randint(0, SIZES["vocab_size"], (2, 21))
     logits = model(tokens).logits
@@ -88,7 +90,8 @@ def make(name: str, case: dict[str, Any], seed: int) -> None:
 def main() -> None:
     matrix = tomllib.loads((TESTS / "matrix.toml").read_text())
     for seed, (name, case) in enumerate(matrix.items()):
-        make(name, case, seed)
+        if name in (sys.argv[1:] or matrix):
+            make(name, case, seed)
 
 
 if __name__ == "__main__":

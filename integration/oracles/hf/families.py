@@ -1,13 +1,14 @@
-"""Random Llama configurations and models of transformers, with weights that make logits and their margins wide."""
+"""Random configurations and models of transformers, with weights that make logits and their margins wide."""
 
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-__all__ = ["load_theirs", "random_config", "widened"]
+__all__ = ["FAMILIES", "load_theirs", "random_config", "widened"]
 
 
 def rope_of(rng: random.Random) -> dict[str, Any]:
@@ -29,32 +30,75 @@ def rope_of(rng: random.Random) -> dict[str, Any]:
     return {"rope_theta": theta, **rng.choice(kinds)}
 
 
-def random_config(seed: int) -> transformers.LlamaConfig:
-    rng = random.Random(seed)
+def sizes(rng: random.Random) -> dict[str, Any]:
+    """Draw what all decoders have."""
     kv_heads, group = rng.choice([1, 2, 3]), rng.choice([1, 2, 4])
     heads = kv_heads * group
-    return transformers.LlamaConfig(
-        vocab_size=rng.randint(20, 90),
-        hidden_size=heads * rng.choice([4, 8]),
-        intermediate_size=rng.randint(8, 50),
-        num_hidden_layers=rng.randint(1, 3),
-        num_attention_heads=heads,
-        num_key_value_heads=kv_heads,
-        head_dim=rng.choice([None, 4, 10]),
-        max_position_embeddings=rng.choice([64, 256]),
-        rms_norm_eps=rng.choice([1e-6, 1e-5, 1e-2]),
-        tie_word_embeddings=rng.random() < 0.4,
-        attention_bias=rng.random() < 0.4,
-        mlp_bias=rng.random() < 0.4,
-        rope_parameters=rope_of(rng),
-        eos_token_id=rng.choice([None, 2, [2, 5]]),
-        attn_implementation="eager",
-    )
+    return {
+        "vocab_size": rng.randint(20, 90),
+        "hidden_size": heads * rng.choice([4, 8]),
+        "intermediate_size": rng.randint(8, 50),
+        "num_hidden_layers": rng.randint(1, 3),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": rng.choice([None, 4, 10]),
+        "max_position_embeddings": rng.choice([64, 256]),
+        "rms_norm_eps": rng.choice([1e-6, 1e-5, 1e-2]),
+        "tie_word_embeddings": rng.random() < 0.4,
+        "rope_parameters": rope_of(rng),
+        "eos_token_id": rng.choice([None, 2, [2, 5]]),
+        "attn_implementation": "eager",
+    }
 
 
-def widened(config: transformers.LlamaConfig, seed: int) -> transformers.LlamaForCausalLM:
+def llama(rng: random.Random) -> Any:
+    biases = {"attention_bias": rng.random() < 0.4, "mlp_bias": rng.random() < 0.4}
+    return transformers.LlamaConfig(**sizes(rng), **biases)
+
+
+def mistral(rng: random.Random) -> Any:
+    return transformers.MistralConfig(**sizes(rng), sliding_window=rng.choice([None, 1, 5, 16]))
+
+
+def windows(rng: random.Random, layers: int) -> dict[str, Any]:
+    """Draw which layers of a Qwen see a window only."""
+    if rng.random() < 0.4:
+        return {"use_sliding_window": False}
+    some = rng.choice([{"max_window_layers": rng.randint(0, layers)}, {}])
+    kinds = [rng.choice(["full_attention", "sliding_attention"]) for _ in range(layers)]
+    width = {"use_sliding_window": True, "sliding_window": rng.choice([1, 6, 20])}
+    return {**width, **(some or {"layer_types": kinds})}
+
+
+def qwen2(rng: random.Random) -> Any:
+    values = sizes(rng)
+    if values["head_dim"] is None:
+        del values["head_dim"]  # this configuration has no such field, but the model reads one
+    return transformers.Qwen2Config(**values, **windows(rng, values["num_hidden_layers"]))
+
+
+def qwen3(rng: random.Random) -> Any:
+    values = sizes(rng)
+    values["head_dim"] = values["head_dim"] or 6
+    more = windows(rng, values["num_hidden_layers"])
+    return transformers.Qwen3Config(**values, **more, attention_bias=rng.random() < 0.4)
+
+
+FAMILIES: dict[str, Callable[[random.Random], Any]] = {
+    "llama": llama,
+    "mistral": mistral,
+    "qwen2": qwen2,
+    "qwen3": qwen3,
+}
+
+
+def random_config(seed: int, family: str = "llama") -> Any:
+    return FAMILIES[family](random.Random(seed))
+
+
+def widened(config: Any, seed: int) -> Any:
     torch.manual_seed(seed)
-    model = transformers.LlamaForCausalLM(config).float().eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             if "norm" in name:
@@ -66,7 +110,7 @@ def widened(config: transformers.LlamaConfig, seed: int) -> transformers.LlamaFo
     return model
 
 
-def load_theirs(folder: Path) -> transformers.LlamaForCausalLM:
-    return transformers.LlamaForCausalLM.from_pretrained(
+def load_theirs(folder: Path) -> Any:
+    return transformers.AutoModelForCausalLM.from_pretrained(
         folder, dtype=torch.float32, attn_implementation="eager"
     ).eval()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from llamas import load_theirs, random_config, widened
+from families import load_theirs, random_config, widened
 
 from dovetail_engine import Engine, EngineOptions, load_engine
 from dovetail_models import from_pretrained, merge, split

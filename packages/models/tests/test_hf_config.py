@@ -142,7 +142,7 @@ def test_there_and_back(config: LlamaConfig) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"architectures": ["MistralForCausalLM"]}, r"architectures=\['MistralForCausalLM'\]; expected"),
+        ({"architectures": ["GPTJForCausalLM"]}, r"architectures=\['GPTJForCausalLM'\]; expected"),
         ({"architectures": ["LlamaForCausalLM", "X"]}, "architectures"),
         ({"architectures": "LlamaForCausalLM"}, "architectures='LlamaForCausalLM'"),
         ({"model_type": "mistral"}, "model_type='mistral'; expected 'llama'"),

@@ -1,24 +1,41 @@
 """Model families as plain flax NNX modules on one injected-mixer contract."""
 
-from dovetail_models.hf_config import config_from_hf, config_to_hf
+from dovetail_models.decoder import Decoder, DecoderConfig
+from dovetail_models.family import FAMILIES, Family
+from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_fields import ConfigError
-from dovetail_models.huggingface import from_pretrained, llama_map, save_pretrained
+from dovetail_models.huggingface import config_from_hf, config_to_hf, from_pretrained, save_pretrained, weight_map
 from dovetail_models.llama import Llama, LlamaConfig
+from dovetail_models.mistral import Mistral, MistralConfig
+from dovetail_models.qwen2 import Qwen2, Qwen2Config
+from dovetail_models.qwen3 import Qwen3, Qwen3Config
 from dovetail_models.state import abstract, init, logical_axes, merge, placements, split
 
 __all__ = [
+    "FAMILIES",
     "ConfigError",
+    "ConfigMap",
+    "Decoder",
+    "DecoderConfig",
+    "Family",
+    "Fields",
     "Llama",
     "LlamaConfig",
+    "Mistral",
+    "MistralConfig",
+    "Qwen2",
+    "Qwen2Config",
+    "Qwen3",
+    "Qwen3Config",
     "abstract",
     "config_from_hf",
     "config_to_hf",
     "from_pretrained",
     "init",
-    "llama_map",
     "logical_axes",
     "merge",
     "placements",
     "save_pretrained",
     "split",
+    "weight_map",
 ]

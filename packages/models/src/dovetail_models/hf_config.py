@@ -1,15 +1,14 @@
-"""``config.json`` of ``LlamaForCausalLM`` to and from `LlamaConfig`: every field is applied or refused."""
+"""``config.json`` of one architecture to and from our configuration: every field is applied or refused."""
 
-from collections.abc import Mapping
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 from dovetail_models import hf_rope
 from dovetail_models.hf_fields import ConfigError, field
-from dovetail_models.llama import LlamaConfig
 
-__all__ = ["config_from_hf", "config_to_hf"]
+__all__ = ["ConfigMap", "Fields"]
 
-ARCHITECTURE = "LlamaForCausalLM"
 SIZES = {
     "vocab_size": "vocab_size",
     "hidden_size": "features",
@@ -17,20 +16,6 @@ SIZES = {
     "num_hidden_layers": "layers",
     "num_attention_heads": "heads",
 }
-OPTIONS: dict[str, tuple[str, type, Any]] = {
-    "num_key_value_heads": ("kv_heads", int, None),
-    "head_dim": ("head_dim", int, None),
-    "max_position_embeddings": ("max_position", int, 2048),
-    "rms_norm_eps": ("norm_eps", float, 1e-6),
-    "tie_word_embeddings": ("tied", bool, False),
-    "attention_bias": ("attention_bias", bool, False),
-    "mlp_bias": ("mlp_bias", bool, False),
-    "initializer_range": ("init_std", float, 0.02),
-}
-# What must have one value for our forward to be right.
-FIXED = {"hidden_act": "silu", "pretraining_tp": 1, "attention_dropout": 0.0}
-# What must have one value but is not written.
-REFUSED = {"rope_interleaved": False, "partial_rotary_factor": 1.0, "add_cross_attention": False}
 # What does not change the forward.
 IGNORED = {
     *("architectures", "model_type", "torch_dtype", "dtype", "use_cache", "transformers_version", "_name_or_path"),
@@ -40,72 +25,116 @@ IGNORED = {
     *("chunk_size_feed_forward", "is_encoder_decoder", "is_decoder", "problem_type", "keys_to_ignore_at_inference"),
     *("finetuning_task", "task_specific_params", "tokenizer_class", "prefix", "torchscript", "use_bfloat16"),
     *("max_length", "min_length", "do_sample", "temperature", "top_k", "top_p", "num_beams", "repetition_penalty"),
-    *("is_llama_config", "transformers.js_config", "unsloth_fixed", "unsloth_version"),
+    *("transformers.js_config", "unsloth_fixed", "unsloth_version"),
 }
 
 
-def config_from_hf(values: Mapping[str, Any]) -> LlamaConfig:
-    """Translate a parsed ``config.json`` (of transformers 4 or 5).
+class Fields(NamedTuple):
+    """Fields of ``config.json`` that become ours by more than a new name.
 
-    Raises:
-        ConfigError: another architecture, a missing or malformed field, or a field that this model cannot honour.
-
-    >>> sizes = {"vocab_size": 10, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
-    >>> config_from_hf({"architectures": ["LlamaForCausalLM"], **sizes, "num_attention_heads": 2}).dim
-    4
+    Attributes:
+        names: of the fields.
+        read: ``read(values, fields)`` returns ours; `fields` are those that were read before, under our names.
+        write: returns the fields of a configuration.
     """
-    _check_architecture(values)
-    absent = [name for name in SIZES if name not in values]
-    if absent:
-        raise ConfigError(f"missing fields {absent}; they have no default")
-    for name, only in (FIXED | REFUSED).items():
-        if values.get(name) not in (None, only):
-            raise ConfigError(f"{name}={values[name]!r}; only {only!r} is supported")
-    known = {*SIZES, *OPTIONS, *FIXED, *REFUSED, *IGNORED, *hf_rope.FIELDS}
-    unknown = sorted(str(name) for name in set(values) - known)
-    if unknown:
-        raise ConfigError(
-            f"unknown fields {unknown}; they might change the model's numbers. Remove them if you know that they do not"
-        )
-    fields = {ours: field(values, name, int) for name, ours in SIZES.items()}
-    fields |= {ours: field(values, name, kind, default) for name, (ours, kind, default) in OPTIONS.items()}
-    theta, scaling = hf_rope.from_hf(values, fields["max_position"])
-    try:
-        return LlamaConfig(**fields, rope_theta=theta, rope_scaling=scaling)
-    except ValueError as error:
-        raise ConfigError(str(error)) from error
+
+    names: tuple[str, ...]
+    read: Callable[[Mapping[str, Any], Mapping[str, Any]], Mapping[str, Any]]
+    write: Callable[[Any], Mapping[str, Any]]
 
 
-def _check_architecture(values: Mapping[str, Any]) -> None:
-    named, kind = values.get("architectures"), values.get("model_type")
-    if named is None and kind is None:
-        raise ConfigError(f"neither architectures nor model_type; expected architectures=[{ARCHITECTURE!r}]")
-    if named not in (None, [ARCHITECTURE]):
-        raise ConfigError(f"architectures={named!r}; expected [{ARCHITECTURE!r}]")
-    if kind not in (None, "llama"):
-        raise ConfigError(f"model_type={kind!r}; expected 'llama'")
+@dataclasses.dataclass(frozen=True)
+class ConfigMap:
+    """How a configuration and the ``config.json`` of one architecture become each other.
 
-
-def config_to_hf(config: LlamaConfig, *, dtype: str, token_ids: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return the ``config.json`` of a model, for transformers 4 and 5.
-
-    Args:
-        config: sizes and options.
-        dtype: of the parameters, by name.
-        token_ids: ``bos_token_id``, ``eos_token_id`` and the like.
-
-    Raises:
-        ConfigError: transformers has no such model, or `token_ids` holds something else.
+    Attributes:
+        architecture: such as ``LlamaForCausalLM``.
+        model_type: such as ``llama``.
+        config: makes our configuration of its fields.
+        options: fields with a default, as ``{theirs: (ours, type, theirs by default)}``; `SIZES` have none.
+        fixed: what must have one value for our forward to be right, and is written.
+        refused: what must have one value, but is not written.
+        ignored: what does not change the forward, besides what no architecture's forward depends on.
+        others: fields that become ours by more than a new name.
+        rope_theta: base of the wavelengths where none is given.
     """
-    if config.features % config.heads:
-        raise ConfigError(
-            f"features={config.features} is no multiple of heads={config.heads}; transformers refuses such a model"
-        )
-    others = [name for name in token_ids or {} if not name.endswith("_token_id")]
-    if others:
-        raise ConfigError(f"token_ids has {others}; expected names that end with '_token_id'")
-    values: dict[str, Any] = {"architectures": [ARCHITECTURE], "model_type": "llama", "torch_dtype": dtype}
-    values |= {name: getattr(config, ours) for name, ours in SIZES.items()}
-    values |= {name: getattr(config, ours) for name, (ours, _, _) in OPTIONS.items()}
-    values |= {"num_key_value_heads": config.groups, "head_dim": config.dim} | FIXED
-    return values | hf_rope.to_hf(config.rope_theta, config.rope_scaling) | dict(token_ids or {})
+
+    architecture: str
+    model_type: str
+    config: Callable[..., Any]
+    options: Mapping[str, tuple[str, type, Any]]
+    fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    refused: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
+    ignored: tuple[str, ...] = ()
+    others: tuple[Fields, ...] = ()
+    rope_theta: float = 10000.0
+
+    def read(self, values: Mapping[str, Any]) -> Any:
+        """Return our configuration of a parsed ``config.json`` (of transformers 4 or 5).
+
+        Raises:
+            ConfigError: another architecture, a missing or malformed field, or a field that this model cannot honour.
+        """
+        self._check_architecture(values)
+        absent = [name for name in SIZES if name not in values]
+        if absent:
+            raise ConfigError(f"missing fields {absent}; they have no default")
+        for name, only in {**self.fixed, **self.refused}.items():
+            if values.get(name) not in (None, only):
+                raise ConfigError(f"{name}={values[name]!r}; only {only!r} is supported")
+        known = {*SIZES, *self.options, *self.fixed, *self.refused, *self.ignored, *IGNORED, *hf_rope.FIELDS}
+        known |= {name for others in self.others for name in others.names}
+        unknown = sorted(str(name) for name in set(values) - known)
+        if unknown:
+            raise ConfigError(
+                f"unknown fields {unknown}; they might change the model's numbers. Remove them if you know that they "
+                "do not"
+            )
+        fields: dict[str, Any] = {ours: field(values, name, int) for name, ours in SIZES.items()}
+        fields |= {ours: field(values, name, kind, default) for name, (ours, kind, default) in self.options.items()}
+        for others in self.others:
+            fields |= others.read(values, fields)
+        theta, scaling = hf_rope.from_hf(values, fields["max_position"], self.rope_theta)
+        try:
+            return self.config(**fields, rope_theta=theta, rope_scaling=scaling)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+
+    def _check_architecture(self, values: Mapping[str, Any]) -> None:
+        named, kind = values.get("architectures"), values.get("model_type")
+        if named is None and kind is None:
+            raise ConfigError(f"neither architectures nor model_type; expected architectures=[{self.architecture!r}]")
+        if named not in (None, [self.architecture]):
+            raise ConfigError(f"architectures={named!r}; expected [{self.architecture!r}]")
+        if kind not in (None, self.model_type):
+            raise ConfigError(f"model_type={kind!r}; expected {self.model_type!r}")
+
+    def write(self, config: Any, *, dtype: str, token_ids: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """Return the ``config.json`` of a model, for transformers 4 and 5.
+
+        Args:
+            config: sizes and options.
+            dtype: of the parameters, by name.
+            token_ids: ``bos_token_id``, ``eos_token_id`` and the like.
+
+        Raises:
+            ConfigError: transformers has no such model, or `token_ids` holds something else.
+        """
+        if config.features % config.heads:
+            raise ConfigError(
+                f"features={config.features} is no multiple of heads={config.heads}; transformers refuses such a model"
+            )
+        others = [name for name in token_ids or {} if not name.endswith("_token_id")]
+        if others:
+            raise ConfigError(f"token_ids has {others}; expected names that end with '_token_id'")
+        values: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
+        values |= {"torch_dtype": dtype} | {name: getattr(config, ours) for name, ours in SIZES.items()}
+        values |= {name: getattr(config, ours) for name, (ours, _, _) in self.options.items()}
+        values |= {"num_key_value_heads": config.groups} | dict(self.fixed)
+        if config.head_dim is None and self.options["head_dim"][2] is None:
+            del values["head_dim"]  # it is the same there
+        else:
+            values["head_dim"] = config.dim
+        for fields in self.others:
+            values |= fields.write(config)
+        return values | hf_rope.to_hf(config.rope_theta, config.rope_scaling) | dict(token_ids or {})

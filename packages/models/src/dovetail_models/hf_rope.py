@@ -14,24 +14,25 @@ KINDS: dict[str, type[Any]] = {"linear": LinearScaling, "llama3": Llama3Scaling,
 ORIGINAL = "original_max_position_embeddings"
 
 
-def from_hf(values: Mapping[str, Any], max_position: int) -> tuple[float, RopeScaling | None]:
-    """Return the base of the wavelengths and the scaling.
+def from_hf(values: Mapping[str, Any], max_position: int, theta: float) -> tuple[float, RopeScaling | None]:
+    """Return the base of the wavelengths, `theta` where none is given, and the scaling.
 
     Raises:
         ConfigError: another kind of scaling, a malformed field, or two descriptions that differ.
     """
     found = {name: values[name] for name in FIELDS[1:] if values.get(name)}
+    values = {"rope_theta": theta} | {name: value for name, value in values.items() if value is not None}
     read = {name: _read(name, given, values, max_position) for name, given in found.items()}
     if len(read) == 2 and read["rope_scaling"] != read["rope_parameters"]:
         raise ConfigError(f"rope_scaling={found['rope_scaling']} and rope_parameters={found['rope_parameters']} differ")
-    return next(iter(read.values()), (field(values, "rope_theta", float, 10000.0), None))
+    return next(iter(read.values()), (field(values, "rope_theta", float), None))
 
 
 def _read(name: str, given: Any, values: Mapping[str, Any], max_position: int) -> tuple[float, RopeScaling | None]:
     if not isinstance(given, Mapping):
         raise ConfigError(f"{name}={given!r}; expected an object")
     rest = {key: value for key, value in given.items() if value is not None}
-    theta = field({"rope_theta": values.get("rope_theta")} | rest, "rope_theta", float, 10000.0)
+    theta = field({"rope_theta": values["rope_theta"]} | rest, "rope_theta", float)
     kind = rest.get("rope_type", rest.get("type", "default"))
     for key in ("rope_theta", "rope_type", "type"):
         rest.pop(key, None)

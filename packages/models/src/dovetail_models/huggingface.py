@@ -12,66 +12,58 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from dovetail_models.hf_config import config_from_hf, config_to_hf
+from dovetail_models.family import Family, family_of, named_family
 from dovetail_models.hf_fields import ConfigError
-from dovetail_models.llama import Llama, LlamaConfig
 from dovetail_models.state import merge, placements, split
 from dovetail_runtime import Rules
-from dovetail_weights import Reshape, Rule, Transpose, WeightMap, load, open_directory, save
+from dovetail_weights import WeightMap, load, open_directory, save
 
-__all__ = ["from_pretrained", "llama_map", "save_pretrained"]
+__all__ = ["config_from_hf", "config_to_hf", "from_pretrained", "save_pretrained", "weight_map"]
 
 TOKENIZER_FILES = ("tokenizer*", "*token*.json", "chat_template*", "vocab*", "merges.txt", "*.tiktoken", "spiece.model")
 
 
-def llama_map(config: LlamaConfig) -> WeightMap:
-    """Return how our parameters and the tensors of ``LlamaForCausalLM`` become each other.
+def config_from_hf(values: Mapping[str, Any]) -> Any:
+    """Return the configuration of a parsed ``config.json`` (of transformers 4 or 5).
 
-    Linear layers are ``[out, in]`` there and ``[in, out]`` here, with the heads as an axis of their own. Both use the
-    half layout of rotary embeddings, so nothing is permuted.
+    Raises:
+        ConfigError: an unknown architecture, a missing or malformed field, or one that the model cannot honour.
+
+    >>> sizes = {"vocab_size": 10, "hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1}
+    >>> config_from_hf({"architectures": ["LlamaForCausalLM"], **sizes, "num_attention_heads": 2}).dim
+    4
     """
-    d, h, k, e = config.features, config.heads, config.groups, config.dim
-    ours, theirs = "layers/{i}", "model.layers.{i}"
-    rules = [
-        Rule("embedding", "model.embed_tokens.weight"),
-        Rule("norm/weight", "model.norm.weight"),
-        Rule("head", "lm_head.weight", (Transpose(),)),
-        Rule(f"{ours}/attention_norm/weight", f"{theirs}.input_layernorm.weight"),
-        Rule(f"{ours}/mlp_norm/weight", f"{theirs}.post_attention_layernorm.weight"),
-    ]
-    for name, short, heads in (("query", "q", h), ("key", "k", k), ("value", "v", k)):
-        weight, bias = f"{theirs}.self_attn.{short}_proj.weight", f"{theirs}.self_attn.{short}_proj.bias"
-        split_heads = (Transpose(), Reshape((d, heads * e), (d, heads, e)))
-        rules.append(Rule(f"{ours}/attention/{name}", weight, split_heads))
-        rules.append(Rule(f"{ours}/attention/{name}_bias", bias, (Reshape((heads * e,), (heads, e)),)))
-    rules.append(
-        Rule(
-            f"{ours}/attention/out", f"{theirs}.self_attn.o_proj.weight", (Transpose(), Reshape((h * e, d), (h, e, d)))
-        )
-    )
-    rules.append(Rule(f"{ours}/attention/out_bias", f"{theirs}.self_attn.o_proj.bias"))
-    for name in ("gate", "up", "down"):
-        rules.append(Rule(f"{ours}/mlp/{name}", f"{theirs}.mlp.{name}_proj.weight", (Transpose(),)))
-        rules.append(Rule(f"{ours}/mlp/{name}_bias", f"{theirs}.mlp.{name}_proj.bias"))
-    return WeightMap(rules)
+    return named_family(values).config_map.read(values)
+
+
+def config_to_hf(config: Any, *, dtype: str, token_ids: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return the ``config.json`` of a configuration, see `ConfigMap.write`."""
+    return family_of(config).config_map.write(config, dtype=dtype, token_ids=token_ids)
+
+
+def weight_map(config: Any) -> WeightMap:
+    """Return how the parameters of a configuration's model and the tensors of its checkpoints become each other."""
+    return family_of(config).weight_map(config)
 
 
 def from_pretrained(
     path: str | os.PathLike[str],
     *,
+    family: Family | None = None,
     param_dtype: Any = jnp.float32,
     dtype: Any = None,
     mesh: Mesh | None = None,
     rules: Rules | None = None,
-) -> Llama:
+) -> Any:
     """Return the model of a Hugging Face directory: ``config.json`` and safetensors, in one file or sharded.
 
     Tensors are read one by one; with a mesh each device is given its own part alone.
 
     Args:
         path: the directory.
+        family: how to read it; None for the one that ``config.json`` names.
         param_dtype: dtype of the parameters; float tensors are cast to it.
-        dtype: dtype of activations, see `Llama`.
+        dtype: dtype of activations and products; None for `param_dtype`.
         mesh: where to put the parameters, together with `rules`; by default on the default device.
         rules: see `dovetail_models.placements`.
 
@@ -84,19 +76,18 @@ def from_pretrained(
     if (mesh is None) != (rules is None):
         raise ValueError(f"mesh={mesh}, rules={rules}; expected both or neither")
     folder = Path(path)
-    config = config_from_hf(_read_config(folder / "config.json"))
+    values = _read_config(folder / "config.json")
+    family = named_family(values) if family is None else family
+    config = family.config_map.read(values)
     tensors = open_directory(folder)
     if config.layers > len(tensors):
         raise ConfigError(f"num_hidden_layers={config.layers}, but the checkpoint has only {len(tensors)} tensors")
 
-    def build() -> Llama:
-        return Llama(config, rngs=nnx.Rngs(0), param_dtype=param_dtype, dtype=dtype)
-
-    module = nnx.eval_shape(build)
+    module = nnx.eval_shape(lambda: family.model(config, rngs=nnx.Rngs(0), param_dtype=param_dtype, dtype=dtype))
     definition, like = split(module)
     places = None if mesh is None or rules is None else placements(module, mesh, rules)
     ignore = ["*.rotary_emb.inv_freq", *(["lm_head.weight"] if config.tied else [])]
-    return merge(definition, load(tensors, llama_map(config), like, shardings=places, ignore=ignore))
+    return merge(definition, load(tensors, family.weight_map(config), like, shardings=places, ignore=ignore))
 
 
 def _read_config(path: Path) -> dict[str, Any]:
@@ -112,9 +103,10 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def save_pretrained(
-    model: Llama,
+    model: Any,
     path: str | os.PathLike[str],
     *,
+    family: Family | None = None,
     tokenizer: str | os.PathLike[str] | None = None,
     token_ids: Mapping[str, Any] | None = None,
     max_shard_bytes: int = 5_000_000_000,
@@ -125,6 +117,7 @@ def save_pretrained(
     Args:
         model: with plain (not quantized) parameters.
         path: the directory to make.
+        family: how to write it; None for the model's own.
         tokenizer: a directory whose tokenizer files (``tokenizer.json``, chat template, ...) are copied beside the
             weights.
         token_ids: ``bos_token_id``, ``eos_token_id`` and the like, for config.json and generation_config.json.
@@ -137,17 +130,18 @@ def save_pretrained(
         ConfigError: transformers has no such model.
         dovetail_weights.WeightsError: a parameter cannot be stored.
     """
+    family = family_of(model) if family is None else family
     _, params = split(model)
     ids = dict(token_ids or {})
     name = str(np.dtype(jax.tree.leaves(params)[0].dtype))
     files: dict[str, str | bytes] = {}
     if tokenizer is not None:
         files |= _tokenizer_files(Path(tokenizer))
-    files["config.json"] = _json(config_to_hf(model.config, dtype=name, token_ids=ids))
+    files["config.json"] = _json(family.config_map.write(model.config, dtype=name, token_ids=ids))
     files["generation_config.json"] = _json(ids)
     return save(
         Path(path),
-        llama_map(model.config),
+        family.weight_map(model.config),
         params,
         extra_files=files,
         max_shard_bytes=max_shard_bytes,

@@ -4,18 +4,20 @@ Inside `dovetail_runtime.use` activations are constrained by the names ``tokens`
 ``mlp`` and ``vocab``.
 """
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from dovetail_kernels import RopeTable, einsum, rms_norm, rope
+from dovetail_kernels import RopeScaling, RopeTable, einsum, rms_norm, rope, rope_frequencies, rope_table
+from dovetail_protocols import CacheSpec, FullCache, WindowCache
 from dovetail_runtime import constrain
 
-__all__ = ["GatedMLP", "GroupedAttention", "Initializer", "RMSNorm", "parameter"]
+__all__ = ["GatedMLP", "GroupedAttention", "Initializer", "RMSNorm", "Rotary", "Tables", "parameter"]
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
@@ -27,20 +29,74 @@ def parameter(
     return nnx.Param(init(rngs.params(), shape, dtype), axes=axes)
 
 
-class RMSNorm(nnx.Module):
-    """`dovetail_kernels.rms_norm` with a weight."""
+@dataclasses.dataclass(frozen=True)
+class Rotary:
+    """Rotary embeddings; layers with equal ones share a table.
 
-    def __init__(self, features: int, *, eps: float, dtype: Any = jnp.float32) -> None:
-        self.weight = nnx.Param(jnp.ones((features,), dtype), axes=("embed",))
+    Attributes:
+        dim: features per head, even.
+        theta: base of the wavelengths.
+        scaling: how a longer context is reached.
+    """
+
+    dim: int
+    theta: float = 10000.0
+    scaling: RopeScaling | None = None
+
+    def __post_init__(self) -> None:
+        rope_frequencies(self.dim, self.theta, self.scaling)
+
+    def table(self, positions: Int[Array, " tokens"]) -> RopeTable:
+        """Return cosines and sines of the positions."""
+        frequencies, factor = rope_frequencies(self.dim, self.theta, self.scaling)
+        return rope_table(positions, frequencies, factor=factor)
+
+
+Tables: TypeAlias = Mapping[Rotary, RopeTable]
+
+
+class RMSNorm(nnx.Module):
+    """`dovetail_kernels.rms_norm` with a weight, over the last axis or, with a weight of several, over as many.
+
+    Args:
+        shape: of the weight.
+        axes: logical names of its axes.
+        eps: added to the mean square.
+        dtype: of the weight.
+    """
+
+    def __init__(
+        self, *shape: int, axes: tuple[str | None, ...] = ("embed",), eps: float, dtype: Any = jnp.float32
+    ) -> None:
+        self.weight = nnx.Param(jnp.ones(shape, dtype), axes=axes)
         self.eps = eps
 
-    def __call__(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens features"]:
+    def __call__(self, x: Float[Array, "*tokens features"]) -> Float[Array, "*tokens features"]:
         """Normalise each token."""
-        return rms_norm(x, self.weight.get_value(), eps=self.eps)
+        weight = self.weight.get_value()
+        flat = x.reshape(*x.shape[: x.ndim - weight.ndim], weight.size)
+        return rms_norm(flat, weight.reshape(-1), eps=self.eps).reshape(x.shape)
 
 
 class GroupedAttention(nnx.Module):
-    """Rotary attention with grouped key-value heads; the mixer does the mixing."""
+    """Attention with grouped key-value heads; the mixer does the mixing.
+
+    Args:
+        features: width of the residual stream.
+        heads: query heads.
+        kv_heads: key-value heads, a divisor of `heads`.
+        head_dim: features per head.
+        rotary: turns queries and keys; None leaves positions to the mask.
+        bias: of queries, keys and values.
+        out_bias: of the output.
+        norm: root mean squares of queries and keys: of each head, or of all heads together; None for none.
+        norm_eps: added to them.
+        window: how many last tokens a token sees; None for all.
+        init: of the weights.
+        out_init: of the output's.
+        dtype: of the parameters.
+        rngs: where the initial weights come from.
+    """
 
     def __init__(
         self,
@@ -49,7 +105,12 @@ class GroupedAttention(nnx.Module):
         heads: int,
         kv_heads: int,
         head_dim: int,
-        bias: bool,
+        rotary: Rotary | None,
+        bias: bool = False,
+        out_bias: bool = False,
+        norm: Literal["head", "all"] | None = None,
+        norm_eps: float = 1e-6,
+        window: int | None = None,
         init: Initializer,
         out_init: Initializer,
         dtype: Any,
@@ -64,23 +125,37 @@ class GroupedAttention(nnx.Module):
             setattr(self, name, parameter(rngs, (features, count, head_dim), ("embed", axis, None), init, dtype))
             if bias:
                 setattr(self, f"{name}_bias", parameter(rngs, (count, head_dim), (axis, None), zeros, dtype))
+            if norm is not None and name != "value":
+                shape, axes = ((head_dim,), (None,)) if norm == "head" else ((count, head_dim), (axis, None))
+                setattr(self, f"{name}_norm", RMSNorm(*shape, axes=axes, eps=norm_eps, dtype=dtype))
         self.out = parameter(rngs, (heads, head_dim, features), ("heads", None, "embed"), out_init, dtype)
-        if bias:
+        if out_bias:
             self.out_bias = parameter(rngs, (features,), ("embed",), zeros, dtype)
-        self.bias = bias
-        self.scale = head_dim**-0.5
+        self.bias, self.has_out_bias, self.normed = bias, out_bias, norm is not None
+        self.rotary, self.window, self.scale = rotary, window, head_dim**-0.5
+        self.kv_heads, self.head_dim = kv_heads, head_dim
 
     def _project(self, name: str, x: jax.Array) -> jax.Array:
         y = einsum("td,dhk->thk", x, getattr(self, name).get_value())
         y = y + getattr(self, f"{name}_bias").get_value().astype(y.dtype) if self.bias else y
         return constrain(y, "tokens", "heads" if name == "query" else "kv_heads", None)
 
-    def __call__(self, layer: int, x: Float[Array, "tokens features"], table: RopeTable, mixer: Any) -> tuple[Any, Any]:
+    def _placed(self, name: str, x: jax.Array, tables: Tables) -> jax.Array:
+        y = self._project(name, x)
+        y = getattr(self, f"{name}_norm")(y) if self.normed else y
+        return y if self.rotary is None else rope(y, tables[self.rotary])
+
+    def __call__(self, layer: int, x: Float[Array, "tokens features"], tables: Tables, mixer: Any) -> tuple[Any, Any]:
         """Return the attention output ``[tokens, features]`` and the mixer."""
-        query, key = rope(self._project("query", x), table), rope(self._project("key", x), table)
-        mixed, mixer = mixer.attend(layer, query, key, self._project("value", x), scale=self.scale)
+        query, key = self._placed("query", x, tables), self._placed("key", x, tables)
+        mixed, mixer = mixer.attend(layer, query, key, self._project("value", x), scale=self.scale, window=self.window)
         y = einsum("thk,hkd->td", constrain(mixed, "tokens", "heads", None), self.out.get_value())
-        return (y + self.out_bias.get_value().astype(y.dtype) if self.bias else y), mixer
+        return (y + self.out_bias.get_value().astype(y.dtype) if self.has_out_bias else y), mixer
+
+    def cache_spec(self) -> CacheSpec:
+        """Return what the mixer must remember."""
+        sizes = self.kv_heads, self.head_dim, self.head_dim
+        return FullCache(*sizes) if self.window is None else WindowCache(*sizes, self.window)
 
 
 class GatedMLP(nnx.Module):
@@ -91,7 +166,7 @@ class GatedMLP(nnx.Module):
         features: int,
         hidden: int,
         *,
-        bias: bool,
+        bias: bool = False,
         init: Initializer,
         out_init: Initializer,
         dtype: Any,

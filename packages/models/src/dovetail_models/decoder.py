@@ -1,0 +1,174 @@
+"""Decoder: what families of decoders share, from the embedding to the logits around the layers."""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from dovetail_kernels import RopeScaling, einsum, take
+from dovetail_models.layers import Initializer, RMSNorm, Rotary, Tables, parameter
+from dovetail_protocols import Auxiliary, CacheSpec
+from dovetail_runtime import constrain
+
+__all__ = ["Decoder", "DecoderConfig", "PreNormBlock"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig:
+    """Sizes and options that families of decoders share.
+
+    Attributes:
+        vocab_size: tokens.
+        features: width of the residual stream.
+        hidden: width of the MLP.
+        layers: blocks.
+        heads: query heads.
+        kv_heads: key-value heads, a divisor of `heads`; None for `heads`.
+        head_dim: features per head; None for ``features // heads``.
+        rope_theta: base of the rotary wavelengths.
+        rope_scaling: how a longer context is reached.
+        max_position: the context length the model is meant for (written to config.json, not enforced).
+        norm_eps: added to the mean square in the norms.
+        tied: the unembedding is the embedding.
+        init_std: standard deviation of the initial weights; that of the last product of a block is smaller by the root
+            of twice the number of layers.
+    """
+
+    vocab_size: int
+    features: int
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    max_position: int = 2048
+    norm_eps: float = 1e-5
+    tied: bool = False
+    init_std: float = 0.02
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "features", "hidden", "layers", "heads", "max_position"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
+        for name in ("norm_eps", "init_std"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name}={getattr(self, name)}; expected a number of at least 0")
+        if self.head_dim is None and self.features % self.heads:
+            raise ValueError(f"features={self.features} is no multiple of heads={self.heads}; set head_dim")
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            raise ValueError(f"kv_heads={self.kv_heads}; expected a divisor of heads={self.heads}")
+        self.rotary()
+
+    @property
+    def dim(self) -> int:
+        """Features per head."""
+        return self.features // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def groups(self) -> int:
+        """Key-value heads."""
+        return self.heads if self.kv_heads is None else self.kv_heads
+
+    @property
+    def init(self) -> Initializer:
+        """How weights begin."""
+        return nnx.initializers.normal(self.init_std)
+
+    @property
+    def out_init(self) -> Initializer:
+        """How the last weights of attention and MLP begin."""
+        return nnx.initializers.normal(self.init_std / (2 * self.layers) ** 0.5)
+
+    def rotary(self) -> Rotary:
+        """Return the rotary embeddings of most layers."""
+        return Rotary(self.dim, self.rope_theta, self.rope_scaling)
+
+
+class PreNormBlock(nnx.Module):
+    """Attention and MLP, each on a normalised copy of the residual stream."""
+
+    def __init__(self, config: DecoderConfig, attention: nnx.Module, mlp: nnx.Module, *, dtype: Any) -> None:
+        self.attention_norm = RMSNorm(config.features, eps=config.norm_eps, dtype=dtype)
+        self.attention = attention
+        self.mlp_norm = RMSNorm(config.features, eps=config.norm_eps, dtype=dtype)
+        self.mlp = mlp
+
+    def __call__(self, layer: int, x: jax.Array, tables: Tables, mixer: Any) -> tuple[jax.Array, Any]:
+        """Return the residual stream ``[tokens, features]`` after the block, and the mixer."""
+        mixed, mixer = self.attention(layer, self.attention_norm(x), tables, mixer)
+        x = constrain(x + mixed, "tokens", "embed")
+        return constrain(x + self.mlp(self.mlp_norm(x)), "tokens", "embed"), mixer
+
+
+class Decoder(nnx.Module):
+    """An embedding, layers, a norm and the logits; meets `dovetail_protocols.LanguageModel`. A family has its `block`.
+
+    Args:
+        config: sizes and options.
+        rngs: where the initial weights come from.
+        param_dtype: dtype of the parameters.
+        dtype: dtype of activations and products; None for `param_dtype`.
+    """
+
+    config: Any
+
+    def __init__(self, config: Any, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32, dtype: Any = None) -> None:
+        self.config = config
+        self.vocab_size = config.vocab_size
+        self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
+        shape = (config.vocab_size, config.features)
+        self.embedding = parameter(rngs, shape, ("vocab", "embed"), config.init, param_dtype)
+        weights = {"init": config.init, "out_init": config.out_init, "dtype": param_dtype, "rngs": rngs}
+        self.layers = nnx.List([self.block(config, i, **weights) for i in range(config.layers)])
+        self.norm = RMSNorm(config.features, eps=config.norm_eps, dtype=param_dtype)
+        if not config.tied:
+            self.head = parameter(rngs, shape[::-1], ("embed", "vocab"), config.init, param_dtype)
+
+    @staticmethod
+    def block(config: Any, index: int, **weights: Any) -> Any:
+        """Return the layer of an index: a module with ``attention``, called as `PreNormBlock` is.
+
+        Args:
+            config: sizes and options.
+            index: of the layer.
+            weights: `init`, `out_init`, `dtype` and `rngs`, as the layers take them.
+        """
+        raise NotImplementedError
+
+    def hidden(
+        self,
+        tokens: Int[Array, " tokens"],
+        positions: Int[Array, " tokens"],
+        mixer: Any,
+        *,
+        embeds: Float[Array, "tokens features"] | None = None,
+    ) -> tuple[Float[Array, "tokens features"], Auxiliary, Any]:
+        """See `dovetail_protocols.LanguageModel.hidden`."""
+        x = (take(self.embedding.get_value(), tokens) if embeds is None else embeds).astype(self.dtype)
+        x = constrain(x, "tokens", "embed")
+        kinds = dict.fromkeys(layer.attention.rotary for layer in self.layers)
+        tables = {rotary: rotary.table(positions) for rotary in kinds if rotary is not None}
+        for i, layer in enumerate(self.layers):
+            x, mixer = layer(i, x, tables, mixer)
+        return self.norm(x), {}, mixer
+
+    def unembedding(self) -> tuple[Any, None, None]:
+        """Return ``(W[features, vocab], None, None)``."""
+        if not self.config.tied:
+            return self.head.get_value(), None, None
+        return jax.tree.map(jnp.transpose, self.embedding.get_value()), None, None
+
+    def unembed(self, hidden: Float[Array, "tokens features"]) -> Float[Array, "tokens vocab"]:
+        """Return the logits in float32."""
+        weight, _, _ = self.unembedding()
+        return constrain(einsum("td,dv->tv", hidden, weight).astype(jnp.float32), "tokens", "vocab")
+
+    def cache_specs(self) -> tuple[CacheSpec, ...]:
+        """Return what each layer's attention must remember."""
+        return tuple(layer.attention.cache_spec() for layer in self.layers)

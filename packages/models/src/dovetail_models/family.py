@@ -1,0 +1,71 @@
+"""Family: a kind of model, and how Hugging Face writes it; `FAMILIES` names those of this package."""
+
+import dataclasses
+import importlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from dovetail_models.hf_config import ConfigMap
+from dovetail_models.hf_fields import ConfigError
+from dovetail_weights import WeightMap
+
+__all__ = ["FAMILIES", "Family", "family_of", "named_family"]
+
+FAMILIES = {
+    "LlamaForCausalLM": "llama",
+    "MistralForCausalLM": "mistral",
+    "Qwen2ForCausalLM": "qwen2",
+    "Qwen3ForCausalLM": "qwen3",
+}
+"""The module of each architecture; it defines ``FAMILY``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Family:
+    """A kind of model.
+
+    Attributes:
+        model: ``model(config, *, rngs, param_dtype, dtype)``.
+        config_map: its configuration and ``config.json``.
+        weight_map: of a configuration: its parameters and the checkpoint's tensors.
+    """
+
+    model: Callable[..., Any]
+    config_map: ConfigMap
+    weight_map: Callable[[Any], WeightMap]
+
+
+def named_family(values: Mapping[str, Any]) -> Family:
+    """Return the family that a parsed ``config.json`` names.
+
+    Raises:
+        ConfigError: none, or one that this package does not have.
+    """
+    named, kind = values.get("architectures"), values.get("model_type")
+    if named is None and kind is None:
+        raise ConfigError(f"neither architectures nor model_type; expected architectures=[one of {list(FAMILIES)}]")
+    if named is not None:
+        if not isinstance(named, list) or len(named) != 1 or named[0] not in FAMILIES:
+            raise ConfigError(f"architectures={named!r}; expected one of {list(FAMILIES)}")
+        return _load(named[0])
+    kinds = {family.config_map.model_type: family for family in map(_load, FAMILIES)}
+    if kind not in kinds:
+        raise ConfigError(f"model_type={kind!r}; expected one of {list(kinds)}")
+    return kinds[kind]
+
+
+def family_of(x: Any) -> Family:
+    """Return the family of one of this package's models or configurations.
+
+    Raises:
+        TypeError: it is of none of them.
+    """
+    module = type(x).__module__
+    for architecture, name in FAMILIES.items():
+        if module == f"{__package__}.{name}":
+            return _load(architecture)
+    raise TypeError(f"{type(x).__qualname__} of {module} is of no family of {__package__}; pass family=")
+
+
+def _load(architecture: str) -> Family:
+    return importlib.import_module(f"{__package__}.{FAMILIES[architecture]}").FAMILY

@@ -1,0 +1,50 @@
+"""Rules that the weight maps of several families share.
+
+Linear layers are ``[out, in]`` there and ``[in, out]`` here, with the heads as an axis of their own. Both use the half
+layout of rotary embeddings, so nothing is permuted. A rule for what a configuration does not have is never used.
+"""
+
+from typing import Any, Literal
+
+from dovetail_weights import Reshape, Rule, Transpose
+
+__all__ = ["decoder_rules"]
+
+OURS, THEIRS = "layers/{i}", "model.layers.{i}"
+
+
+def decoder_rules(config: Any, *, norm: Literal["head", "all"] = "head") -> list[Rule]:
+    """Return the rules of embedding, norms, attention, gated MLP and head, as most decoders name them."""
+    return [
+        Rule("embedding", "model.embed_tokens.weight"),
+        Rule("norm/weight", "model.norm.weight"),
+        Rule("head", "lm_head.weight", (Transpose(),)),
+        Rule(f"{OURS}/attention_norm/weight", f"{THEIRS}.input_layernorm.weight"),
+        Rule(f"{OURS}/mlp_norm/weight", f"{THEIRS}.post_attention_layernorm.weight"),
+        *_attention(config, norm),
+        *_mlp(),
+    ]
+
+
+def _attention(config: Any, norm: str) -> list[Rule]:
+    d, e, h = config.features, config.dim, config.heads
+    ours, theirs = f"{OURS}/attention", f"{THEIRS}.self_attn"
+    rules = [
+        Rule(f"{ours}/out", f"{theirs}.o_proj.weight", (Transpose(), Reshape((h * e, d), (h, e, d)))),
+        Rule(f"{ours}/out_bias", f"{theirs}.o_proj.bias"),
+    ]
+    for name, short, heads in (("query", "q", h), ("key", "k", config.groups), ("value", "v", config.groups)):
+        split, flat = Reshape((d, heads * e), (d, heads, e)), Reshape((heads * e,), (heads, e))
+        rules += [
+            Rule(f"{ours}/{name}", f"{theirs}.{short}_proj.weight", (Transpose(), split)),
+            Rule(f"{ours}/{name}_bias", f"{theirs}.{short}_proj.bias", (flat,)),
+            Rule(f"{ours}/{name}_norm/weight", f"{theirs}.{short}_norm.weight", (flat,) if norm == "all" else ()),
+        ]
+    return rules
+
+
+def _mlp() -> list[Rule]:
+    ours, theirs = f"{OURS}/mlp", f"{THEIRS}.mlp"
+    names = ("gate", "up", "down")
+    weights = [Rule(f"{ours}/{name}", f"{theirs}.{name}_proj.weight", (Transpose(),)) for name in names]
+    return weights + [Rule(f"{ours}/{name}_bias", f"{theirs}.{name}_proj.bias") for name in names]

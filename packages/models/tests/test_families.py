@@ -1,0 +1,155 @@
+"""What every family must do, and what belongs to one of them alone."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from dovetail_kernels import DenseMixer, YarnScaling
+from dovetail_models import (
+    FAMILIES,
+    ConfigError,
+    Llama,
+    Mistral,
+    MistralConfig,
+    Qwen2,
+    Qwen2Config,
+    Qwen3,
+    Qwen3Config,
+    config_from_hf,
+    config_to_hf,
+    from_pretrained,
+    merge,
+    save_pretrained,
+    split,
+)
+from dovetail_models.family import family_of
+from dovetail_models.llama import FAMILY
+from dovetail_protocols import FullCache, LanguageModel, WindowCache, paths
+from dovetail_protocols.testing import check_language_model
+
+SIZES = {"vocab_size": 24, "features": 8, "hidden": 12, "layers": 2, "heads": 4, "kv_heads": 2, "init_std": 0.5}
+MODELS: dict[str, tuple[Any, Any]] = {
+    "mistral": (Mistral, MistralConfig(**SIZES, window=3)),
+    "qwen2": (Qwen2, Qwen2Config(**SIZES, windows=(None, 2), tied=True)),
+    "qwen3": (Qwen3, Qwen3Config(**SIZES, head_dim=6, attention_bias=True, rope_scaling=YarnScaling(2.0, 16))),
+}
+WEIGHTS = ["embedding", "layers/*/attention/{query,key,value,out}", "layers/*/mlp/{gate,up,down}"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_conformance(name: str) -> None:
+    """What every user of models relies on, with plain and with quantized weights."""
+    build, config = MODELS[name]
+    model = build(config, rngs=nnx.Rngs(0))
+    definition, params = split(model)
+    chosen = paths.select(params, WEIGHTS + ([] if config.tied else ["head"]))
+    leaves = paths.flatten(params)
+    assert isinstance(model, LanguageModel)
+    check_language_model(
+        model,
+        make_mixer=lambda segments: DenseMixer.of(segments, segments),
+        rebuild=lambda transform: merge(definition, paths.update(params, {a: transform(leaves[a]) for a in chosen})),
+    )
+
+
+def test_caches_follow_the_windows() -> None:
+    """An engine that keeps less than a layer sees answers wrongly, one that keeps more wastes memory."""
+    mistral, qwen2 = (MODELS[name][0](MODELS[name][1], rngs=nnx.Rngs(0)) for name in ("mistral", "qwen2"))
+    assert mistral.cache_specs() == (WindowCache(2, 2, 2, 3),) * 2
+    assert qwen2.cache_specs() == (FullCache(2, 2, 2), WindowCache(2, 2, 2, 2))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        *(config for _, config in MODELS.values()),
+        MistralConfig(**SIZES),
+        Qwen2Config(**SIZES, windows=(5, None)),
+        Qwen3Config(**SIZES, head_dim=2),
+    ],
+    ids=str,
+)
+def test_there_and_back(config: Any) -> None:
+    """What is written to config.json is what is read from it."""
+    assert config_from_hf(config_to_hf(config, dtype="float32")) == config
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "expected"),
+    [
+        ("mistral", {}, {"window": 4096}),
+        ("mistral", {"sliding_window": None}, {"window": None}),
+        ("qwen2", {"sliding_window": 5}, {"windows": None}),
+        ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, {"windows": (None, 4096)}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, {"windows": None}),
+        ("qwen3", {}, {"head_dim": 128, "windows": None}),
+    ],
+)
+def test_what_is_absent_is_as_in_transformers(config: str, changes: dict[str, Any], expected: dict[str, Any]) -> None:
+    """A default that differs from theirs changes the numbers of a checkpoint that does not write it."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = dict(zip(names, (24, 64, 12, 2, 32), strict=True))
+    got = config_from_hf({"model_type": config, **sizes, **changes})
+    assert {name: getattr(got, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("model_type", "changes", "message"),
+    [
+        ("qwen2", {"layer_types": ["full_attention"]}, "layer_types=.*expected a list of 2"),
+        ("qwen2", {"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
+        ("qwen2", {"layer_types": ["sliding_attention"] * 2}, "without use_sliding_window"),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 0, "max_window_layers": 0}, "windows="),
+        ("qwen3", {"attention_bias": 1}, "attention_bias=1; expected a bool"),
+        ("mistral", {"sliding_window": 0}, "window=0; expected at least 1"),
+        ("mistral", {"sliding_window": "5"}, "sliding_window='5'"),
+        ("gptj", {}, "model_type='gptj'; expected one of"),
+    ],
+)
+def test_refused(model_type: str, changes: dict[str, Any], message: str) -> None:
+    """A field that the model cannot honour is not dropped in silence."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    sizes = dict(zip(names, (24, 8, 12, 2, 4), strict=True))
+    with pytest.raises(ConfigError, match=message):
+        config_from_hf({"model_type": model_type, "num_key_value_heads": 2, **sizes, **changes})
+
+
+def test_two_widths_cannot_be_written() -> None:
+    """Transformers has one width for all layers of a model."""
+    with pytest.raises(ConfigError, match="one width"):
+        config_to_hf(Qwen2Config(**SIZES, windows=(3, 4)), dtype="float32")
+    with pytest.raises(ValueError, match="expected one for each of 2 layers"):
+        Qwen2Config(**SIZES, windows=(3,))
+
+
+def test_a_family_of_ones_own(build: Any, tmp_path: Path) -> None:
+    """A model that this package does not know is read and written by the family that is given."""
+
+    class Doubled(Llama):
+        """A Llama whose embeddings count twice."""
+
+        def hidden(self, tokens: Any, positions: Any, mixer: Any, *, embeds: Any = None) -> Any:
+            embeds = 2 * self.embedding.get_value()[tokens] if embeds is None else embeds
+            return super().hidden(tokens, positions, mixer, embeds=embeds)
+
+    family = dataclasses.replace(
+        FAMILY,
+        model=Doubled,
+        config_map=dataclasses.replace(FAMILY.config_map, architecture="DoubledForCausalLM", model_type="doubled"),
+    )
+    folder = save_pretrained(build(), tmp_path / "model", family=family)
+    with pytest.raises(ConfigError, match="DoubledForCausalLM"):
+        from_pretrained(folder)
+    model = from_pretrained(folder, family=family)
+    tokens = jnp.arange(5, dtype=jnp.int32)
+    got, _, _ = model.hidden(tokens, tokens, DenseMixer.of(tokens[None]))
+    plain, _, _ = build().hidden(tokens, tokens, DenseMixer.of(tokens[None]))
+    assert not np.allclose(got, plain)
+    with pytest.raises(TypeError, match="is of no family of dovetail_models; pass family="):
+        save_pretrained(model, tmp_path / "other")
+    assert {family_of(config).config_map.model_type for _, config in MODELS.values()} < set(FAMILIES.values())
