@@ -9,6 +9,7 @@ from dovetail_engine.pages import pages_for
 from dovetail_protocols.testing import attention
 
 PAGE, DIM, VALUE = 4, 8, 5
+SINKS = jnp.array([0.5, -1.0, 2.0, 0.0])  # of 4 heads
 
 
 def empty(pages, kv_heads, layers=1):
@@ -24,12 +25,12 @@ def draw(rng, tokens, heads, kv_heads):
     )
 
 
-def textbook(q, k, v, window=None):
+def textbook(q, k, v, **options):
     segments = np.ones((1, len(q)), int)
-    return attention(*map(np.asarray, (q, k, v)), segments, scale=0.3, window=window)
+    return attention(*map(np.asarray, (q, k, v)), segments, scale=0.3, **options)
 
 
-def step(cache, q, k, v, spans, pages, window=None, newest=0):
+def step(cache, q, k, v, spans, pages, newest=0, **options):
     """Compute the spans (start, stop) of sequences that are given as whole q, k and v; the last ones are newest."""
     total = sum(stop - start for start, stop in spans)
     size = total + 3  # padding at the end
@@ -55,34 +56,34 @@ def step(cache, q, k, v, spans, pages, window=None, newest=0):
         context = jnp.asarray([*held, 0], jnp.int32)
     tokens = map(jnp.asarray, (segments, positions, places))
     mixer = MixedMixer(cache, *tokens, context, *map(jnp.asarray, (stands, tables, lengths)))
-    out, mixer = mixer.attend(0, *flat, scale=0.3, window=window)
+    out, mixer = mixer.attend(0, *flat, scale=0.3, **options)
     return np.split(np.asarray(out[:total]), np.cumsum([b - a for a, b in spans])[:-1]), mixer.cache
 
 
 @pytest.mark.parametrize(
-    ("lengths", "cut", "grouped", "window", "steps"),
+    ("lengths", "cut", "grouped", "options", "steps"),
     [
-        ([5], 0, (2, 2), None, 3),
-        ([9, 2], 5, (4, 2), 3, 5),
-        ([1, 1, 4], 0, (3, 1), 1, 2),
-        ([11, 3], 8, (4, 2), 6, 6),
+        ([5], 0, (2, 2), {}, 3),
+        ([9, 2], 5, (4, 2), {"window": 3, "sinks": SINKS}, 5),
+        ([1, 1, 4], 0, (3, 1), {"window": 1, "softcap": 0.5}, 2),
+        ([11, 3], 8, (4, 2), {"window": 6, "softcap": 0.5, "sinks": SINKS}, 6),
     ],
 )
-def test_chunks_then_steps_are_one_attention(lengths, cut, grouped, window, steps):
+def test_chunks_then_steps_are_one_attention(lengths, cut, grouped, options, steps):
     """A chunk, a page boundary, a window or a step sees too much or too little."""
     rng = np.random.default_rng(0)
     heads, kv_heads = grouped
     whole = [draw(rng, length + steps, heads, kv_heads) for length in lengths]
     q, k, v = zip(*whole, strict=True)
-    expected = [textbook(*each, window=window) for each in whole]
+    expected = [textbook(*each, **options) for each in whole]
     order = iter(rng.permutation(np.arange(1, 40)).tolist())
     pages = [[next(order) for _ in range(pages_for(length + steps, PAGE))] for length in lengths]
     cache = empty(40, kv_heads)
     if cut:
-        (first,), cache = step(cache, q[:1], k[:1], v[:1], [(0, cut)], pages[:1], window)
+        (first,), cache = step(cache, q[:1], k[:1], v[:1], [(0, cut)], pages[:1], **options)
         np.testing.assert_allclose(first, expected[0][:cut], atol=1e-5)
     spans = [(cut, lengths[0]), *((0, length) for length in lengths[1:])]
-    outs, cache = step(cache, q, k, v, spans, pages, window)
+    outs, cache = step(cache, q, k, v, spans, pages, **options)
     for out, (start, stop), wanted in zip(outs, spans, expected, strict=True):
         np.testing.assert_allclose(out, wanted[start:stop], atol=1e-5)
     rows = len(lengths)
@@ -96,7 +97,7 @@ def test_chunks_then_steps_are_one_attention(lengths, cut, grouped, window, step
     for index in range(steps):
         now = [jnp.stack([x[i][length + index] for i, length in enumerate(lengths)]) for x in (q, k, v)]
         mixer = DecodeMixer(mixer.work, mixer.lengths, jnp.int32(index), steps)
-        out, mixer = mixer.attend(0, *now, scale=0.3, window=window)
+        out, mixer = mixer.attend(0, *now, scale=0.3, **options)
         wanted = np.stack([expected[i][length + index] for i, length in enumerate(lengths)])
         np.testing.assert_allclose(out, wanted, atol=1e-5)
     ((keys, values),) = mixer.store(cache, jnp.asarray(places))
@@ -107,24 +108,24 @@ def test_chunks_then_steps_are_one_attention(lengths, cut, grouped, window, step
         np.testing.assert_array_equal(np.asarray(values)[own[at // PAGE], :, at % PAGE], v[i])
 
 
-@pytest.mark.parametrize("window", [None, 3])
-def test_single_tokens_and_chunks_share_a_step(window):
+@pytest.mark.parametrize("options", [{}, {"window": 3}, {"softcap": 0.5, "sinks": SINKS}], ids=str)
+def test_single_tokens_and_chunks_share_a_step(options):
     """A single token sees its neighbours in the step, not its sequence; a chunk sees single tokens or loses its own."""
     rng = np.random.default_rng(1)
     lengths, grown = [11, 6, 4, 9], 3
     whole = [draw(rng, length + grown, 4, 2) for length in lengths]
     q, k, v = zip(*whole, strict=True)
-    expected = [textbook(*each, window=window) for each in whole]
+    expected = [textbook(*each, **options) for each in whole]
     pages = np.random.default_rng(2).permutation(np.arange(1, 40))[:28].reshape(4, 7).tolist()
     cache = empty(40, 2)
-    _, cache = step(cache, q[2:], k[2:], v[2:], [(0, 4), (0, 9)], pages[2:], window)
+    _, cache = step(cache, q[2:], k[2:], v[2:], [(0, 4), (0, 9)], pages[2:], **options)
     for index, first in enumerate([(0, 5), (5, 9), (9, 11)]):
         at = [first, (2 * index, 2 * index + 2), (4 + index, 5 + index), (9 + index, 10 + index)]
         # the second sequence is prefilled alone, so that only the first one continues
         chosen = [0, 2, 3] if index else [0, 1, 2, 3]
         spans = [at[i] for i in chosen]
         given = ([x[i] for i in chosen] for x in (q, k, v))
-        outs, cache = step(cache, *given, spans, [pages[i] for i in chosen], window, newest=2)
+        outs, cache = step(cache, *given, spans, [pages[i] for i in chosen], newest=2, **options)
         for out, i, (start, stop) in zip(outs, chosen, spans, strict=True):
             np.testing.assert_allclose(out, expected[i][start:stop], atol=1e-5)
 

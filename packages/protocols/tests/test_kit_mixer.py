@@ -24,7 +24,7 @@ from dovetail_protocols.testing import (
 class MutantMixer(ReferenceMixer):
     fault: str = dataclasses.field(default="", metadata={"static": True})
 
-    def attend(self, layer, query, key, value, *, scale, window=None):
+    def attend(self, layer, query, key, value, *, scale, window=None, softcap=None, sinks=None):
         fault, inner = self.fault, ReferenceMixer(self.segment_ids)
         if fault == "ignores segments":
             inner = ReferenceMixer(jnp.ones_like(self.segment_ids))
@@ -37,9 +37,13 @@ class MutantMixer(ReferenceMixer):
         if fault == "groups heads interleaved":
             group = query.shape[1] // key.shape[1]
             key, value = (jnp.tile(x, (1, group, 1)) for x in (key, value))
+        if fault == "ignores the soft cap":
+            softcap = None
+        if fault == "ignores sinks":
+            sinks = None
         if fault == "looks into the future":
             key, value = (jnp.roll(x, -1, 0) for x in (key, value))
-        out, _ = inner.attend(layer, query, key, value, scale=scale, window=window)
+        out, _ = inner.attend(layer, query, key, value, scale=scale, window=window, softcap=softcap, sinks=sinks)
         if fault == "padding is NaN":
             out = jnp.where((self.segment_ids != 0).reshape(-1)[:, None, None], out, jnp.float32(np.nan))
         if fault == "stops gradients":
@@ -56,6 +60,8 @@ class MutantMixer(ReferenceMixer):
 FAULTS = [
     "ignores segments",
     "ignores the window",
+    "ignores the soft cap",
+    "ignores sinks",
     "window off by one",
     "ignores the scale",
     "groups heads interleaved",
@@ -71,13 +77,14 @@ FAULTS = [
 def test_a_good_mixer_passes():
     assert isinstance(ReferenceMixer(jnp.ones((1, 1), jnp.int32)), Mixer)
     check_mixer(ReferenceMixer)
-    check_mixer(MutantMixer, cases=[MixerCase(heads=6, kv_heads=3, window=2)])
+    check_mixer(MutantMixer, cases=[MixerCase(heads=6, kv_heads=3, window=2, softcap=0.7, sinks=True)])
 
 
 @pytest.mark.parametrize("fault", FAULTS)
 def test_broken_mixers_are_rejected(fault):
+    case = MixerCase(heads=4, window=5, softcap=0.7, sinks=True)
     with pytest.raises(ConformanceError, match="Mixer: "):
-        check_mixer(lambda segments: MutantMixer(segments, fault), cases=[MixerCase(heads=4, window=5)])
+        check_mixer(lambda segments: MutantMixer(segments, fault), cases=[case])
 
 
 def test_a_mixer_without_a_method_is_rejected():

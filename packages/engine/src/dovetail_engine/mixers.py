@@ -7,7 +7,7 @@ afterwards `DecodeMixer.store` writes the new ones to their pages.
 """
 
 import dataclasses
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -77,19 +77,23 @@ class MixedMixer(_Mixer):
         *,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
+        sinks: Float[Array, " heads"] | None = None,
     ) -> tuple[Float[Array, "tokens heads value_dim"], "MixedMixer"]:
         """See `dovetail_protocols.Mixer.attend`."""
         pools = self.cache[layer]
         slots = self.positions % pools[0].shape[2]
         keys, values = (update_pages(pool, x, self.pages, slots) for pool, x in zip(pools, (key, value), strict=True))
-        mixed = self._chunks((keys, values), query, key, value, scale, window)
+        mixed = self._chunks((keys, values), query, key, value, window, _Logits(scale, softcap, sinks))
         newest = query.at[self.newest].get(mode="clip")
-        alone = paged_attention(newest, keys, values, self.tables, self.lengths, scale=scale, window=window)
+        alone = paged_attention(
+            newest, keys, values, self.tables, self.lengths, scale=scale, window=window, softcap=softcap, sinks=sinks
+        )
         cache = (*self.cache[:layer], (keys, values), *self.cache[layer + 1 :])
         return mixed.at[self.newest].set(alone, mode="drop"), dataclasses.replace(self, cache=cache)
 
     def _chunks(
-        self, held: Any, query: jax.Array, key: jax.Array, value: jax.Array, scale: float, window: int | None
+        self, held: Any, query: jax.Array, key: jax.Array, value: jax.Array, window: int | None, kind: "_Logits"
     ) -> Float[Array, "tokens heads value_dim"]:
         near_k, near_v = (x.astype(pool.dtype).transpose(1, 0, 2) for x, pool in zip((key, value), held, strict=True))
         seen = self._inside(window)
@@ -99,8 +103,8 @@ class MixedMixer(_Mixer):
             )
             seen = jnp.concatenate([self._before(window), seen], 1)
         grouped = _groups(query, key.shape[1]).transpose(1, 2, 0, 3)  # [kv_heads, group, tokens, dim]
-        logits = jnp.einsum("kgtd,ksd->kgts", grouped, near_k.astype(query.dtype)).astype(jnp.float32) * scale
-        weights, total = _softmax(jnp.where(seen, logits, _HIDDEN))
+        products = jnp.einsum("kgtd,ksd->kgts", grouped, near_k.astype(query.dtype))
+        weights, total = kind.softmax(products, seen, (*grouped.shape[:2], 1, 1))
         mixed = jnp.einsum("kgts,ksd->kgtd", weights.astype(query.dtype), near_v.astype(query.dtype)) / total
         return mixed.astype(query.dtype).transpose(2, 0, 1, 3).reshape(*query.shape[:2], -1)
 
@@ -171,6 +175,8 @@ class DecodeMixer(_Mixer):
         *,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
+        sinks: Float[Array, " heads"] | None = None,
     ) -> tuple[Float[Array, "rows heads value_dim"], "DecodeMixer"]:
         """See `dovetail_protocols.Mixer.attend`."""
         context = self.work[layer][0].shape[2] - self.steps
@@ -180,8 +186,9 @@ class DecodeMixer(_Mixer):
             for held, x in zip(self.work[layer], (key, value), strict=True)
         )
         grouped = _groups(query, key.shape[1])
-        logits = jnp.einsum("rkgd,rksd->rkgs", grouped, keys.astype(query.dtype)).astype(jnp.float32) * scale
-        weights, total = _softmax(jnp.where(self._seen(context, window)[:, None, None], logits, _HIDDEN))
+        products = jnp.einsum("rkgd,rksd->rkgs", grouped, keys.astype(query.dtype))
+        seen = self._seen(context, window)[:, None, None]
+        weights, total = _Logits(scale, softcap, sinks).softmax(products, seen, (1, *grouped.shape[1:3], 1))
         mixed = jnp.einsum("rkgs,rksd->rkgd", weights.astype(query.dtype), values.astype(query.dtype)) / total
         work = (*self.work[:layer], (keys, values), *self.work[layer + 1 :])
         return mixed.astype(query.dtype).reshape(*query.shape[:2], -1), dataclasses.replace(self, work=work)
@@ -203,7 +210,30 @@ def _groups(query: jax.Array, kv_heads: int) -> jax.Array:
     return query.reshape(tokens, kv_heads, heads // kv_heads, dim)
 
 
-def _softmax(logits: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Return the exponentials and their sums: fewer numbers are divided after the product with the values."""
-    weights = jnp.exp(logits - jnp.max(logits, -1, keepdims=True))
-    return weights, jnp.sum(weights, -1, keepdims=True)
+class _Logits(NamedTuple):
+    """How products of queries and keys become weights."""
+
+    scale: float
+    softcap: float | None
+    sinks: jax.Array | None
+
+    def softmax(self, products: jax.Array, seen: jax.Array, heads: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+        """Return exponentials and their sums: fewer numbers are divided after the product with the values.
+
+        Args:
+            products: keys last.
+            seen: which of them count.
+            heads: shape that the sinks need.
+        """
+        logits = products.astype(jnp.float32) * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * jnp.tanh(logits / self.softcap)
+        logits = jnp.where(seen, logits, _HIDDEN)
+        peak = jnp.max(logits, -1, keepdims=True)
+        if self.sinks is None:
+            weights = jnp.exp(logits - peak)
+            return weights, jnp.sum(weights, -1, keepdims=True)
+        sinks = self.sinks.astype(jnp.float32).reshape(heads)
+        peak = jnp.maximum(peak, sinks)
+        weights = jnp.exp(logits - peak)
+        return weights, jnp.sum(weights, -1, keepdims=True) + jnp.exp(sinks - peak)

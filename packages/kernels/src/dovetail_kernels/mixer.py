@@ -59,6 +59,8 @@ class DenseMixer:
         *,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
+        sinks: Float[Array, " heads"] | None = None,
     ) -> tuple[Float[Array, "tokens heads value_dim"], "DenseMixer"]:
         """Attend within rows; `layer` does not matter here. See `dovetail_protocols.Mixer.attend`.
 
@@ -78,7 +80,10 @@ class DenseMixer:
             mask = mask & sliding(window)
         if self.segment_ids is not None:
             mask = mask & segments(self.segment_ids)
-        out = attention(rows(query), rows(key), rows(value), mask, scale=scale, implementation=self.implementation)
+        out = attention(
+            rows(query), rows(key), rows(value), mask, sinks=sinks, softcap=softcap, scale=scale,
+            implementation=self.implementation,
+        )  # fmt: skip
         return out.reshape(-1, *out.shape[2:]), self
 
     def attend_latent(self, *_: Any, **__: Any) -> Any:

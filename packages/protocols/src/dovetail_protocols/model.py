@@ -82,6 +82,8 @@ class Mixer(Protocol):
         *,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
+        sinks: Float[Array, " heads"] | None = None,
     ) -> tuple[Float[Array, "tokens heads value_dim"], "Mixer"]:
         """Causal attention within each sequence; positions are already rotated into query and key.
 
@@ -92,6 +94,8 @@ class Mixer(Protocol):
             value: one vector per token and key-value head.
             scale: factor of the logits.
             window: how many last tokens a token sees, itself included; None for all.
+            softcap: logits become ``softcap * tanh(logits / softcap)``.
+            sinks: a logit per head that takes part in the softmax only (arXiv:2309.17453).
         """
         ...
 

@@ -22,6 +22,8 @@ class MixerCase(NamedTuple):
     value_dim: int = 8
     time: int = 12
     window: int | None = None
+    softcap: float | None = None
+    sinks: bool = False
     full: bool = False
 
 
@@ -33,6 +35,8 @@ CASES = (
     MixerCase(window=1),
     MixerCase(window=5, heads=4),
     MixerCase(window=100),
+    MixerCase(softcap=0.7),
+    MixerCase(sinks=True, heads=4, window=5),
     MixerCase(time=1),
 )
 
@@ -75,12 +79,14 @@ def _check_case(make_mixer: Callable[[Any], Any], case: MixerCase, tolerance: fl
     weight = jnp.asarray(rng.standard_normal((segments.size, case.heads, case.value_dim)), jnp.float32)
     real = (segments != 0).reshape(-1)
     mixer = make_mixer(jnp.asarray(segments))
-    scale = 0.37
+    sinks = rng.standard_normal(case.heads).astype(np.float32) if case.sinks else None
+    options: dict[str, Any] = {"scale": 0.37, "window": case.window, "softcap": case.softcap}
 
     @jax.jit
     def run(qkv: list[Any]) -> tuple[Any, Any]:
         def objective(qkv: list[Any]) -> tuple[jax.Array, Any]:
-            out, after = mixer.attend(0, qkv[0], qkv[1], qkv[2], scale=scale, window=case.window)
+            given = {} if sinks is None else {"sinks": jnp.asarray(sinks)}
+            out, after = mixer.attend(0, qkv[0], qkv[1], qkv[2], **options, **given)
             counted = out.astype(jnp.float32).reshape(weight.shape) * weight
             return jnp.sum(jnp.where(jnp.asarray(real)[:, None, None], counted, 0.0)), (out, after)
 
@@ -88,7 +94,7 @@ def _check_case(make_mixer: Callable[[Any], Any], case: MixerCase, tolerance: fl
 
     qkv = [jnp.asarray(array) for array in arrays]
     (_, (out, after)), gradients = run(qkv)
-    expected = reference.attention(arrays[0], arrays[1], arrays[2], segments, scale=scale, window=case.window)
+    expected = reference.attention(arrays[0], arrays[1], arrays[2], segments, **options, sinks=sinks)
     shape = (segments.size, case.heads, case.value_dim)
     require(out.shape == shape, "Mixer: attend returns [tokens, heads, value_dim]", shape=out.shape, expected=shape)
     require(out.dtype == jnp.float32, "Mixer: the output has the dtype of the values", dtype=out.dtype)

@@ -136,11 +136,11 @@ class _Recorder:
         return cls(children[0], aux.calls)
 
     def attend(
-        self, layer: int, query: Any, key: Any, value: Any, *, scale: float, window: int | None = None
+        self, layer: int, query: Any, key: Any, value: Any, *, window: int | None = None, **options: Any
     ) -> tuple[Any, "_Recorder"]:
         shape = (key.shape[1], key.shape[2], value.shape[2])
         self.calls.append((layer, FullCache(*shape) if window is None else WindowCache(*shape, window)))
-        out, inner = self.inner.attend(layer, query, key, value, scale=scale, window=window)
+        out, inner = self.inner.attend(layer, query, key, value, window=window, **options)
         return out, _Recorder(inner, self.calls)
 
 

@@ -19,6 +19,8 @@ def attention(
     *,
     scale: float,
     window: int | None = None,
+    softcap: float | None = None,
+    sinks: np.ndarray | None = None,
 ) -> np.ndarray:
     """Return causal attention within segments in float64, one query at a time.
 
@@ -29,6 +31,8 @@ def attention(
         segment_ids: ``[batch, time]``; a token sees earlier ones of its row and segment, and itself.
         scale: factor of the logits.
         window: how many last positions of the row a token sees, itself included; None for all.
+        softcap: logits become ``softcap * tanh(logits / softcap)``.
+        sinks: a logit per head that takes part in the softmax only.
 
     Returns:
         ``[tokens, heads, value_dim]``; 0 for padding (segment 0).
@@ -43,8 +47,10 @@ def attention(
         seen = [other for other in range(first, place + 1) if segment_ids[row, other] == segment != 0]
         if seen:
             logits = scale * keys[row, seen, head // group] @ queries[row, place, head]
-            weights = np.exp(logits - logits.max())
-            out[row, place, head] = weights @ values[row, seen, head // group] / weights.sum()
+            logits = logits if softcap is None else softcap * np.tanh(logits / softcap)
+            others = [] if sinks is None else [float(sinks[head])]
+            weights = np.exp(np.append(logits, others) - max(logits.max(), *others, -np.inf))
+            out[row, place, head] = weights[: len(seen)] @ values[row, seen, head // group] / weights.sum()
     return out.reshape(batch * time, heads, -1)
 
 
@@ -68,6 +74,8 @@ class ReferenceMixer:
         *,
         scale: float,
         window: int | None = None,
+        softcap: float | None = None,
+        sinks: Float[Array, " heads"] | None = None,
     ) -> tuple[Float[Array, "tokens heads value_dim"], "ReferenceMixer"]:
         """Return causal attention within each segment, see `Mixer.attend`."""
         batch, time = self.segment_ids.shape
@@ -75,11 +83,17 @@ class ReferenceMixer:
         q, k, v = (x.astype(jnp.float32).reshape(batch, time, *x.shape[1:]) for x in (query, key, value))
         k, v = jnp.repeat(k, group, axis=2), jnp.repeat(v, group, axis=2)
         logits = jnp.einsum("bqhd,bkhd->bhqk", q, k, precision="highest") * jnp.float32(scale)
+        if softcap is not None:
+            logits = jnp.float32(softcap) * jnp.tanh(logits / jnp.float32(softcap))
         age = jnp.arange(time)[:, None] - jnp.arange(time)[None, :]
         seen = (age >= 0) & (age < (time if window is None else window))
         same = self.segment_ids[:, :, None] == self.segment_ids[:, None, :]
         logits = jnp.where((seen & same)[:, None], logits, jnp.float32(-1e30))
-        out = jnp.einsum("bhqk,bkhd->bqhd", jax.nn.softmax(logits, axis=-1), v, precision="highest")
+        if sinks is not None:
+            column = jnp.broadcast_to(sinks.astype(jnp.float32)[None, :, None, None], (*logits.shape[:3], 1))
+            logits = jnp.concatenate([logits, column], axis=-1)
+        weights = jax.nn.softmax(logits, axis=-1)[..., :time]
+        out = jnp.einsum("bhqk,bkhd->bqhd", weights, v, precision="highest")
         out = jnp.where((self.segment_ids != 0)[:, :, None, None], out, jnp.float32(0))
         return out.astype(value.dtype).reshape(batch * time, *out.shape[2:]), self
 
