@@ -64,7 +64,8 @@ def old_style(folder: pathlib.Path) -> None:
 def make(name: str, case: dict[str, Any], seed: int) -> None:
     torch.manual_seed(seed)
     store = case.get("store", {})
-    config = transformers.AutoConfig.for_model(case["family"], **(SIZES | case["hf"]))
+    values = {name: None if value is False and name.endswith("_id") else value for name, value in case["hf"].items()}
+    config = transformers.AutoConfig.for_model(case["family"], **(SIZES | values))
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
     widen(model)
     if "dtype" in store:

@@ -47,6 +47,7 @@ def sizes(rng: random.Random) -> dict[str, Any]:
         "tie_word_embeddings": rng.random() < 0.4,
         "rope_parameters": rope_of(rng),
         "eos_token_id": rng.choice([None, 2, [2, 5]]),
+        "pad_token_id": None,  # its embedding would get no gradient there
         "attn_implementation": "eager",
     }
 
@@ -84,11 +85,46 @@ def qwen3(rng: random.Random) -> Any:
     return transformers.Qwen3Config(**values, **more, attention_bias=rng.random() < 0.4)
 
 
+def olmo2(rng: random.Random) -> Any:
+    values = sizes(rng)
+    if values["head_dim"] is None:
+        del values["head_dim"]
+    return transformers.Olmo2Config(**values, attention_bias=rng.random() < 0.4)
+
+
+def gemma2(rng: random.Random) -> Any:
+    values = sizes(rng)
+    values["head_dim"] = values["head_dim"] or 6
+    types = [rng.choice(["full_attention", "sliding_attention"]) for _ in range(values["num_hidden_layers"])]
+    return transformers.Gemma2Config(
+        **values,
+        layer_types=rng.choice([None, types]),
+        sliding_window=rng.choice([1, 6, 20]),
+        query_pre_attn_scalar=rng.choice([4, 9]),
+        attn_logit_softcapping=rng.choice([None, 2.0, 50.0]),
+        final_logit_softcapping=rng.choice([None, 1.5, 30.0]),
+        attention_bias=rng.random() < 0.4,
+    )
+
+
+def smollm3(rng: random.Random) -> Any:
+    values = sizes(rng) | {"num_hidden_layers": 4}
+    if values["head_dim"] is None:
+        del values["head_dim"]
+    marks = rng.choice([{}, {"no_rope_layer_interval": 2}, {"no_rope_layers": [0, 1, 1, 0]}])
+    seen = rng.choice([{}, {"use_sliding_window": True, "sliding_window": 5}])
+    biases = {"attention_bias": rng.random() < 0.4, "mlp_bias": rng.random() < 0.4}
+    return transformers.SmolLM3Config(**values, **marks, **seen, **biases)
+
+
 FAMILIES: dict[str, Callable[[random.Random], Any]] = {
+    "gemma2": gemma2,
     "llama": llama,
     "mistral": mistral,
+    "olmo2": olmo2,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "smollm3": smollm3,
 }
 
 

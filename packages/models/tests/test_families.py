@@ -13,13 +13,19 @@ from dovetail_kernels import DenseMixer, YarnScaling
 from dovetail_models import (
     FAMILIES,
     ConfigError,
+    Gemma2,
+    Gemma2Config,
     Llama,
     Mistral,
     MistralConfig,
+    Olmo2,
+    Olmo2Config,
     Qwen2,
     Qwen2Config,
     Qwen3,
     Qwen3Config,
+    SmolLM3,
+    SmolLM3Config,
     config_from_hf,
     config_to_hf,
     from_pretrained,
@@ -34,6 +40,9 @@ from dovetail_protocols.testing import check_language_model
 
 SIZES = {"vocab_size": 24, "features": 8, "hidden": 12, "layers": 2, "heads": 4, "kv_heads": 2, "init_std": 0.5}
 MODELS: dict[str, tuple[Any, Any]] = {
+    "gemma2": (Gemma2, Gemma2Config(**SIZES, head_dim=6, windows=(3, None), query_dim=5, attention_softcap=2.0)),
+    "olmo2": (Olmo2, Olmo2Config(**SIZES, attention_bias=True)),
+    "smollm3": (SmolLM3, SmolLM3Config(**SIZES, rotated=(False, True), windows=(None, 4), mlp_bias=True)),
     "mistral": (Mistral, MistralConfig(**SIZES, window=3)),
     "qwen2": (Qwen2, Qwen2Config(**SIZES, windows=(None, 2), tied=True)),
     "qwen3": (Qwen3, Qwen3Config(**SIZES, head_dim=6, attention_bias=True, rope_scaling=YarnScaling(2.0, 16))),
@@ -88,6 +97,11 @@ def test_there_and_back(config: Any) -> None:
         ("qwen2", {"use_sliding_window": True, "max_window_layers": 1}, {"windows": (None, 4096)}),
         ("qwen2", {"use_sliding_window": True, "sliding_window": None, "max_window_layers": 0}, {"windows": None}),
         ("qwen3", {}, {"head_dim": 128, "windows": None}),
+        ("gemma2", {}, {"head_dim": 256, "windows": (4096, None), "attention_softcap": 50.0, "final_softcap": 30.0}),
+        ("gemma2", {"final_logit_softcapping": None, "sliding_window": None}, {"final_softcap": None, "windows": None}),
+        ("olmo2", {}, {"norm_eps": 1e-5, "rope_theta": 10000.0}),
+        ("smollm3", {}, {"rotated": (True, True), "rope_theta": 2000000.0, "tied": True}),
+        ("smollm3", {"no_rope_layer_interval": 2}, {"rotated": (True, False)}),
     ],
 )
 def test_what_is_absent_is_as_in_transformers(config: str, changes: dict[str, Any], expected: dict[str, Any]) -> None:
@@ -108,6 +122,9 @@ def test_what_is_absent_is_as_in_transformers(config: str, changes: dict[str, An
         ("qwen3", {"attention_bias": 1}, "attention_bias=1; expected a bool"),
         ("mistral", {"sliding_window": 0}, "window=0; expected at least 1"),
         ("mistral", {"sliding_window": "5"}, "sliding_window='5'"),
+        ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers=.*for each of 2 layers"),
+        ("gemma2", {"final_logit_softcapping": 0.0}, "final_softcap=0.0"),
+        ("gemma2", {"use_bidirectional_attention": True}, "only False is supported"),
         ("gptj", {}, "model_type='gptj'; expected one of"),
     ],
 )

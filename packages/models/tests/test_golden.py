@@ -35,7 +35,12 @@ def features_of(model: Any, folder: Path) -> set[str]:
         "attention bias": attention.bias,
         "no output bias": attention.bias and not attention.has_out_bias,
         "mlp bias": model.layers[0].mlp.bias,
-        "norms of heads": attention.normed,
+        "norms before": model.layers[0].before,
+        "norms after": model.layers[0].after,
+        "norms of each head": attention.normed and attention.query_norm.weight.ndim == 1,
+        "norms of all heads": attention.normed and attention.query_norm.weight.ndim == 2,
+        "soft caps": attention.softcap is not None and model.unembedding()[2] is not None,
+        "layers without positions": any(layer.attention.rotary is None for layer in model.layers),
         "window": any(windows),
         "window in some layers": any(windows) and not all(windows),
         "head_dim != d/heads": config.dim != config.features // config.heads,
@@ -43,7 +48,7 @@ def features_of(model: Any, folder: Path) -> set[str]:
         "transformers 4 config": "rope_parameters" not in raw,
         "several shards": len(open_directory(folder).files) > 1,
         "bfloat16 checkpoint": next(iter(open_directory(folder).values())).dtype == jnp.bfloat16,
-        "generation config": isinstance(raw["eos_token_id"], list),
+        "generation config": isinstance(raw.get("eos_token_id"), list),
     }
     return found | {name for name, is_so in optional.items() if is_so}
 
@@ -59,8 +64,9 @@ def test_matrix_covers_the_families() -> None:
     covered = {feature for case in MATRIX.values() for feature in case["exercises"]}
     assert covered >= {"tied", "untied", "full heads", "grouped heads", "one key-value head", "head_dim != d/heads"}
     assert covered >= {f"rope {kind}" for kind in ("default", "linear", "llama3", "yarn")}
-    assert covered >= {"attention bias", "no output bias", "mlp bias", "norms of heads"}
-    assert covered >= {"window", "window in some layers"}
+    assert covered >= {"attention bias", "no output bias", "mlp bias", "norms of each head", "norms of all heads"}
+    assert covered >= {"window", "window in some layers", "norms before", "norms after", "soft caps"}
+    assert covered >= {"layers without positions"}
     assert {case["family"] for case in MATRIX.values()} == set(FAMILIES.values())
 
 

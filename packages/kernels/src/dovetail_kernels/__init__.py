@@ -1,7 +1,7 @@
 """Operations for models in JAX: one function per operation, the same numbers everywhere."""
 
 from dovetail_kernels._dropout import Dropout
-from dovetail_kernels.activations import gated_linear_unit
+from dovetail_kernels.activations import Activation, gated_linear_unit
 from dovetail_kernels.attention import Attended, attention, merge
 from dovetail_kernels.context_parallel import ring_attention, ulysses_attention
 from dovetail_kernels.contrastive import contrastive_loss
@@ -49,6 +49,7 @@ from dovetail_kernels.triangle import TriangleWeights, triangle_multiplication
 from dovetail_kernels.tuning import Entry, Store, tune, tuned
 
 __all__ = [
+    "Activation",
     "Attended",
     "Call",
     "Configured",

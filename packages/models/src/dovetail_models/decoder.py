@@ -14,7 +14,7 @@ from dovetail_models.layers import Initializer, RMSNorm, Rotary, Tables, paramet
 from dovetail_protocols import Auxiliary, CacheSpec
 from dovetail_runtime import constrain
 
-__all__ = ["Decoder", "DecoderConfig", "PreNormBlock"]
+__all__ = ["Block", "Decoder", "DecoderConfig"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,25 +85,71 @@ class DecoderConfig:
         """How the last weights of attention and MLP begin."""
         return nnx.initializers.normal(self.init_std / (2 * self.layers) ** 0.5)
 
+    @property
+    def norm_offset(self) -> float:
+        """See `RMSNorm`."""
+        return 0.0
+
+    @property
+    def embedding_scale(self) -> float:
+        """What embeddings are multiplied with."""
+        return 1.0
+
+    @property
+    def logit_softcap(self) -> float | None:
+        """Logits become ``cap * tanh(logits / cap)``."""
+        return None
+
+    def norm(self, dtype: Any) -> RMSNorm:
+        """Return a norm of the residual stream."""
+        return RMSNorm(self.features, eps=self.norm_eps, offset=self.norm_offset, dtype=dtype)
+
     def rotary(self) -> Rotary:
         """Return the rotary embeddings of most layers."""
         return Rotary(self.dim, self.rope_theta, self.rope_scaling)
 
 
-class PreNormBlock(nnx.Module):
-    """Attention and MLP, each on a normalised copy of the residual stream."""
+class Block(nnx.Module):
+    """Attention and MLP, each added to the residual stream.
 
-    def __init__(self, config: DecoderConfig, attention: nnx.Module, mlp: nnx.Module, *, dtype: Any) -> None:
-        self.attention_norm = RMSNorm(config.features, eps=config.norm_eps, dtype=dtype)
-        self.attention = attention
-        self.mlp_norm = RMSNorm(config.features, eps=config.norm_eps, dtype=dtype)
-        self.mlp = mlp
+    Args:
+        config: sizes and options.
+        attention: see `GroupedAttention`.
+        mlp: see `GatedMLP`.
+        before: each takes a normalised copy of the residual stream.
+        after: what each gives is normalised.
+        dtype: of the norms' weights.
+    """
+
+    attention_norm: RMSNorm
+    attention_out_norm: RMSNorm
+    mlp_norm: RMSNorm
+    mlp_out_norm: RMSNorm
+
+    def __init__(
+        self,
+        config: DecoderConfig,
+        attention: Any,
+        mlp: Any,
+        *,
+        before: bool = True,
+        after: bool = False,
+        dtype: Any,
+    ) -> None:
+        self.attention, self.mlp = attention, mlp
+        self.before, self.after = before, after
+        for name in ("attention", "mlp"):
+            if before:
+                setattr(self, f"{name}_norm", config.norm(dtype))
+            if after:
+                setattr(self, f"{name}_out_norm", config.norm(dtype))
 
     def __call__(self, layer: int, x: jax.Array, tables: Tables, mixer: Any) -> tuple[jax.Array, Any]:
         """Return the residual stream ``[tokens, features]`` after the block, and the mixer."""
-        mixed, mixer = self.attention(layer, self.attention_norm(x), tables, mixer)
-        x = constrain(x + mixed, "tokens", "embed")
-        return constrain(x + self.mlp(self.mlp_norm(x)), "tokens", "embed"), mixer
+        mixed, mixer = self.attention(layer, self.attention_norm(x) if self.before else x, tables, mixer)
+        x = constrain(x + (self.attention_out_norm(mixed) if self.after else mixed), "tokens", "embed")
+        y = self.mlp(self.mlp_norm(x) if self.before else x)
+        return constrain(x + (self.mlp_out_norm(y) if self.after else y), "tokens", "embed"), mixer
 
 
 class Decoder(nnx.Module):
@@ -126,13 +172,13 @@ class Decoder(nnx.Module):
         self.embedding = parameter(rngs, shape, ("vocab", "embed"), config.init, param_dtype)
         weights = {"init": config.init, "out_init": config.out_init, "dtype": param_dtype, "rngs": rngs}
         self.layers = nnx.List([self.block(config, i, **weights) for i in range(config.layers)])
-        self.norm = RMSNorm(config.features, eps=config.norm_eps, dtype=param_dtype)
+        self.norm = config.norm(param_dtype)
         if not config.tied:
             self.head = parameter(rngs, shape[::-1], ("embed", "vocab"), config.init, param_dtype)
 
     @staticmethod
     def block(config: Any, index: int, **weights: Any) -> Any:
-        """Return the layer of an index: a module with ``attention``, called as `PreNormBlock` is.
+        """Return the layer of an index: a module with ``attention``, called as `Block` is.
 
         Args:
             config: sizes and options.
@@ -150,24 +196,28 @@ class Decoder(nnx.Module):
         embeds: Float[Array, "tokens features"] | None = None,
     ) -> tuple[Float[Array, "tokens features"], Auxiliary, Any]:
         """See `dovetail_protocols.LanguageModel.hidden`."""
-        x = (take(self.embedding.get_value(), tokens) if embeds is None else embeds).astype(self.dtype)
-        x = constrain(x, "tokens", "embed")
+        x = constrain(self._embedded(tokens) if embeds is None else embeds.astype(self.dtype), "tokens", "embed")
         kinds = dict.fromkeys(layer.attention.rotary for layer in self.layers)
         tables = {rotary: rotary.table(positions) for rotary in kinds if rotary is not None}
         for i, layer in enumerate(self.layers):
             x, mixer = layer(i, x, tables, mixer)
         return self.norm(x), {}, mixer
 
-    def unembedding(self) -> tuple[Any, None, None]:
-        """Return ``(W[features, vocab], None, None)``."""
+    def _embedded(self, tokens: jax.Array) -> jax.Array:
+        x, scale = take(self.embedding.get_value(), tokens).astype(self.dtype), self.config.embedding_scale
+        return x if scale == 1 else x * jnp.asarray(scale, self.dtype)
+
+    def unembedding(self) -> tuple[Any, None, float | None]:
+        """Return ``(W[features, vocab], None, soft cap or None)``."""
         if not self.config.tied:
-            return self.head.get_value(), None, None
-        return jax.tree.map(jnp.transpose, self.embedding.get_value()), None, None
+            return self.head.get_value(), None, self.config.logit_softcap
+        return jax.tree.map(jnp.transpose, self.embedding.get_value()), None, self.config.logit_softcap
 
     def unembed(self, hidden: Float[Array, "tokens features"]) -> Float[Array, "tokens vocab"]:
         """Return the logits in float32."""
-        weight, _, _ = self.unembedding()
-        return constrain(einsum("td,dv->tv", hidden, weight).astype(jnp.float32), "tokens", "vocab")
+        weight, _, cap = self.unembedding()
+        logits = einsum("td,dv->tv", hidden, weight).astype(jnp.float32)
+        return constrain(logits if cap is None else cap * jnp.tanh(logits / cap), "tokens", "vocab")
 
     def cache_specs(self) -> tuple[CacheSpec, ...]:
         """Return what each layer's attention must remember."""

@@ -13,9 +13,12 @@ __all__ = ["FAMILIES", "Family", "family_of", "named_family"]
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
+    "Gemma2ForCausalLM": "gemma2",
     "MistralForCausalLM": "mistral",
+    "Olmo2ForCausalLM": "olmo2",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "SmolLM3ForCausalLM": "smollm3",
 }
 """The module of each architecture; it defines ``FAMILY``."""
 

@@ -128,7 +128,8 @@ class ConfigMap:
         if others:
             raise ConfigError(f"token_ids has {others}; expected names that end with '_token_id'")
         values: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
-        values |= {"torch_dtype": dtype} | {name: getattr(config, ours) for name, ours in SIZES.items()}
+        values |= {"torch_dtype": dtype} | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+        values |= {name: getattr(config, ours) for name, ours in SIZES.items()}
         values |= {name: getattr(config, ours) for name, (ours, _, _) in self.options.items()}
         values |= {"num_key_value_heads": config.groups} | dict(self.fixed)
         if config.head_dim is None and self.options["head_dim"][2] is None:

@@ -4,6 +4,8 @@ Linear layers are ``[out, in]`` there and ``[in, out]`` here, with the heads as 
 layout of rotary embeddings, so nothing is permuted. A rule for what a configuration does not have is never used.
 """
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any, Literal
 
 from dovetail_weights import Reshape, Rule, Transpose
@@ -13,14 +15,24 @@ __all__ = ["decoder_rules"]
 OURS, THEIRS = "layers/{i}", "model.layers.{i}"
 
 
-def decoder_rules(config: Any, *, norm: Literal["head", "all"] = "head") -> list[Rule]:
-    """Return the rules of embedding, norms, attention, gated MLP and head, as most decoders name them."""
+NORMS = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
+
+
+def decoder_rules(
+    config: Any, *, norm: Literal["head", "all"] = "head", norms: Mapping[str, str] = MappingProxyType(NORMS)
+) -> list[Rule]:
+    """Return the rules of embedding, norms, attention, gated MLP and head, as most decoders name them.
+
+    Args:
+        config: sizes and options.
+        norm: of queries and keys, see `GroupedAttention`.
+        norms: their names for those of a `Block`.
+    """
     return [
         Rule("embedding", "model.embed_tokens.weight"),
         Rule("norm/weight", "model.norm.weight"),
         Rule("head", "lm_head.weight", (Transpose(),)),
-        Rule(f"{OURS}/attention_norm/weight", f"{THEIRS}.input_layernorm.weight"),
-        Rule(f"{OURS}/mlp_norm/weight", f"{THEIRS}.post_attention_layernorm.weight"),
+        *(Rule(f"{OURS}/{ours}/weight", f"{THEIRS}.{theirs}.weight") for ours, theirs in norms.items()),
         *_attention(config, norm),
         *_mlp(),
     ]

@@ -13,7 +13,17 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dovetail_kernels import RopeScaling, RopeTable, einsum, rms_norm, rope, rope_frequencies, rope_table
+from dovetail_kernels import (
+    Activation,
+    RopeScaling,
+    RopeTable,
+    einsum,
+    gated_linear_unit,
+    rms_norm,
+    rope,
+    rope_frequencies,
+    rope_table,
+)
 from dovetail_protocols import CacheSpec, FullCache, WindowCache
 from dovetail_runtime import constrain
 
@@ -62,20 +72,26 @@ class RMSNorm(nnx.Module):
         shape: of the weight.
         axes: logical names of its axes.
         eps: added to the mean square.
+        offset: what the weight is stored less of; 1 in Gemma's models, whose weights begin at 0.
         dtype: of the weight.
     """
 
     def __init__(
-        self, *shape: int, axes: tuple[str | None, ...] = ("embed",), eps: float, dtype: Any = jnp.float32
+        self,
+        *shape: int,
+        axes: tuple[str | None, ...] = ("embed",),
+        eps: float,
+        offset: float = 0.0,
+        dtype: Any = jnp.float32,
     ) -> None:
-        self.weight = nnx.Param(jnp.ones(shape, dtype), axes=axes)
-        self.eps = eps
+        self.weight = nnx.Param(jnp.full(shape, 1 - offset, dtype), axes=axes)
+        self.eps, self.offset = eps, offset
 
     def __call__(self, x: Float[Array, "*tokens features"]) -> Float[Array, "*tokens features"]:
         """Normalise each token."""
         weight = self.weight.get_value()
         flat = x.reshape(*x.shape[: x.ndim - weight.ndim], weight.size)
-        return rms_norm(flat, weight.reshape(-1), eps=self.eps).reshape(x.shape)
+        return rms_norm(flat, weight.reshape(-1), weight_offset=self.offset, eps=self.eps).reshape(x.shape)
 
 
 class GroupedAttention(nnx.Module):
@@ -91,7 +107,10 @@ class GroupedAttention(nnx.Module):
         out_bias: of the output.
         norm: root mean squares of queries and keys: of each head, or of all heads together; None for none.
         norm_eps: added to them.
+        norm_offset: see `RMSNorm`.
         window: how many last tokens a token sees; None for all.
+        softcap: of the logits, see `dovetail_kernels.attention`.
+        scale: of the logits; None for ``head_dim ** -0.5``.
         init: of the weights.
         out_init: of the output's.
         dtype: of the parameters.
@@ -110,7 +129,10 @@ class GroupedAttention(nnx.Module):
         out_bias: bool = False,
         norm: Literal["head", "all"] | None = None,
         norm_eps: float = 1e-6,
+        norm_offset: float = 0.0,
         window: int | None = None,
+        softcap: float | None = None,
+        scale: float | None = None,
         init: Initializer,
         out_init: Initializer,
         dtype: Any,
@@ -127,12 +149,14 @@ class GroupedAttention(nnx.Module):
                 setattr(self, f"{name}_bias", parameter(rngs, (count, head_dim), (axis, None), zeros, dtype))
             if norm is not None and name != "value":
                 shape, axes = ((head_dim,), (None,)) if norm == "head" else ((count, head_dim), (axis, None))
-                setattr(self, f"{name}_norm", RMSNorm(*shape, axes=axes, eps=norm_eps, dtype=dtype))
+                made = RMSNorm(*shape, axes=axes, eps=norm_eps, offset=norm_offset, dtype=dtype)
+                setattr(self, f"{name}_norm", made)
         self.out = parameter(rngs, (heads, head_dim, features), ("heads", None, "embed"), out_init, dtype)
         if out_bias:
             self.out_bias = parameter(rngs, (features,), ("embed",), zeros, dtype)
         self.bias, self.has_out_bias, self.normed = bias, out_bias, norm is not None
-        self.rotary, self.window, self.scale = rotary, window, head_dim**-0.5
+        self.rotary, self.window, self.softcap = rotary, window, softcap
+        self.scale = head_dim**-0.5 if scale is None else scale
         self.kv_heads, self.head_dim = kv_heads, head_dim
 
     def _project(self, name: str, x: jax.Array) -> jax.Array:
@@ -148,7 +172,10 @@ class GroupedAttention(nnx.Module):
     def __call__(self, layer: int, x: Float[Array, "tokens features"], tables: Tables, mixer: Any) -> tuple[Any, Any]:
         """Return the attention output ``[tokens, features]`` and the mixer."""
         query, key = self._placed("query", x, tables), self._placed("key", x, tables)
-        mixed, mixer = mixer.attend(layer, query, key, self._project("value", x), scale=self.scale, window=self.window)
+        value = self._project("value", x)
+        mixed, mixer = mixer.attend(
+            layer, query, key, value, scale=self.scale, window=self.window, softcap=self.softcap
+        )
         y = einsum("thk,hkd->td", constrain(mixed, "tokens", "heads", None), self.out.get_value())
         return (y + self.out_bias.get_value().astype(y.dtype) if self.has_out_bias else y), mixer
 
@@ -159,13 +186,14 @@ class GroupedAttention(nnx.Module):
 
 
 class GatedMLP(nnx.Module):
-    """``down(silu(gate(x)) * up(x))`` (Shazeer, arXiv:2002.05202)."""
+    """``down(activation(gate(x)) * up(x))`` (Shazeer, arXiv:2002.05202); see `dovetail_kernels.gated_linear_unit`."""
 
     def __init__(
         self,
         features: int,
         hidden: int,
         *,
+        activation: Activation = "silu",
         bias: bool = False,
         init: Initializer,
         out_init: Initializer,
@@ -180,13 +208,15 @@ class GatedMLP(nnx.Module):
             self.gate_bias = parameter(rngs, (hidden,), ("mlp",), zeros, dtype)
             self.up_bias = parameter(rngs, (hidden,), ("mlp",), zeros, dtype)
             self.down_bias = parameter(rngs, (features,), ("embed",), zeros, dtype)
+        self.activation: Activation = activation
         self.bias = bias
-
-    def _linear(self, name: str, spec: str, x: jax.Array) -> jax.Array:
-        y = einsum(spec, x, getattr(self, name).get_value())
-        return y + getattr(self, f"{name}_bias").get_value().astype(y.dtype) if self.bias else y
 
     def __call__(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens features"]:
         """Transform each token."""
-        h = jax.nn.silu(self._linear("gate", "td,df->tf", x)) * self._linear("up", "td,df->tf", x)
-        return self._linear("down", "tf,fd->td", constrain(h, "tokens", "mlp"))
+        biases = (self.gate_bias.get_value(), self.up_bias.get_value()) if self.bias else (None, None)
+        h = gated_linear_unit(
+            x, self.gate.get_value(), self.up.get_value(), activation=self.activation,
+            gate_bias=biases[0], up_bias=biases[1],
+        )  # fmt: skip
+        y = einsum("tf,fd->td", constrain(h, "tokens", "mlp"), self.down.get_value())
+        return y + self.down_bias.get_value().astype(y.dtype) if self.bias else y

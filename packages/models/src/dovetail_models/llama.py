@@ -6,7 +6,7 @@ Covers Llama 2 and 3.x and every checkpoint of Hugging Face's ``LlamaForCausalLM
 import dataclasses
 from typing import Any
 
-from dovetail_models.decoder import Decoder, DecoderConfig, PreNormBlock
+from dovetail_models.decoder import Block, Decoder, DecoderConfig
 from dovetail_models.family import Family
 from dovetail_models.hf_config import ConfigMap
 from dovetail_models.hf_rules import decoder_rules
@@ -35,7 +35,7 @@ class Llama(Decoder):
     config: LlamaConfig
 
     @staticmethod
-    def block(config: LlamaConfig, index: int, **weights: Any) -> PreNormBlock:
+    def block(config: LlamaConfig, index: int, **weights: Any) -> Block:
         """See `Decoder.block`."""
         del index
         attention = GroupedAttention(
@@ -49,7 +49,7 @@ class Llama(Decoder):
             **weights,
         )
         mlp = GatedMLP(config.features, config.hidden, bias=config.mlp_bias, **weights)
-        return PreNormBlock(config, attention, mlp, dtype=weights["dtype"])
+        return Block(config, attention, mlp, dtype=weights["dtype"])
 
 
 def _weight_map(config: LlamaConfig) -> WeightMap:

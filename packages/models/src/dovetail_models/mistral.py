@@ -4,7 +4,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dovetail_models.decoder import Decoder, DecoderConfig, PreNormBlock
+from dovetail_models.decoder import Block, Decoder, DecoderConfig
 from dovetail_models.family import Family
 from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_fields import field
@@ -37,7 +37,7 @@ class Mistral(Decoder):
     config: MistralConfig
 
     @staticmethod
-    def block(config: MistralConfig, index: int, **weights: Any) -> PreNormBlock:
+    def block(config: MistralConfig, index: int, **weights: Any) -> Block:
         """See `Decoder.block`."""
         del index
         attention = GroupedAttention(
@@ -50,7 +50,7 @@ class Mistral(Decoder):
             **weights,
         )
         mlp = GatedMLP(config.features, config.hidden, **weights)
-        return PreNormBlock(config, attention, mlp, dtype=weights["dtype"])
+        return Block(config, attention, mlp, dtype=weights["dtype"])
 
 
 def _weight_map(config: MistralConfig) -> WeightMap:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from dovetail_models.decoder import Decoder, DecoderConfig, PreNormBlock
+from dovetail_models.decoder import Block, Decoder, DecoderConfig
 from dovetail_models.family import Family
 from dovetail_models.hf_config import ConfigMap
 from dovetail_models.hf_rules import decoder_rules
@@ -35,7 +35,7 @@ class Qwen2(Decoder):
     config: Qwen2Config
 
     @staticmethod
-    def block(config: Qwen2Config, index: int, **weights: Any) -> PreNormBlock:
+    def block(config: Qwen2Config, index: int, **weights: Any) -> Block:
         """See `Decoder.block`."""
         attention = GroupedAttention(
             config.features,
@@ -48,7 +48,7 @@ class Qwen2(Decoder):
             **weights,
         )
         mlp = GatedMLP(config.features, config.hidden, **weights)
-        return PreNormBlock(config, attention, mlp, dtype=weights["dtype"])
+        return Block(config, attention, mlp, dtype=weights["dtype"])
 
 
 def _weight_map(config: Qwen2Config) -> WeightMap:

@@ -3,7 +3,7 @@
 import dataclasses
 from typing import Any
 
-from dovetail_models.decoder import Decoder, DecoderConfig, PreNormBlock
+from dovetail_models.decoder import Block, Decoder, DecoderConfig
 from dovetail_models.family import Family
 from dovetail_models.hf_config import ConfigMap
 from dovetail_models.hf_rules import decoder_rules
@@ -37,7 +37,7 @@ class Qwen3(Decoder):
     config: Qwen3Config
 
     @staticmethod
-    def block(config: Qwen3Config, index: int, **weights: Any) -> PreNormBlock:
+    def block(config: Qwen3Config, index: int, **weights: Any) -> Block:
         """See `Decoder.block`."""
         attention = GroupedAttention(
             config.features,
@@ -53,7 +53,7 @@ class Qwen3(Decoder):
             **weights,
         )
         mlp = GatedMLP(config.features, config.hidden, **weights)
-        return PreNormBlock(config, attention, mlp, dtype=weights["dtype"])
+        return Block(config, attention, mlp, dtype=weights["dtype"])
 
 
 def _weight_map(config: Qwen3Config) -> WeightMap:
