@@ -31,7 +31,7 @@ def rope_of(rng: random.Random) -> dict[str, Any]:
 
 
 def sizes(rng: random.Random) -> dict[str, Any]:
-    """Draw what all decoders have."""
+    """Draw what most decoders have."""
     kv_heads, group = rng.choice([1, 2, 3]), rng.choice([1, 2, 4])
     heads = kv_heads * group
     return {
@@ -45,6 +45,8 @@ def sizes(rng: random.Random) -> dict[str, Any]:
         "max_position_embeddings": rng.choice([64, 256]),
         "rms_norm_eps": rng.choice([1e-6, 1e-5, 1e-2]),
         "tie_word_embeddings": rng.random() < 0.4,
+        "attention_bias": rng.random() < 0.4,
+        "mlp_bias": rng.random() < 0.4,
         "rope_parameters": rope_of(rng),
         "eos_token_id": rng.choice([None, 2, [2, 5]]),
         "pad_token_id": None,  # its embedding would get no gradient there
@@ -52,13 +54,19 @@ def sizes(rng: random.Random) -> dict[str, Any]:
     }
 
 
+def without(values: dict[str, Any], *names: str, head_dim: bool = True) -> dict[str, Any]:
+    """Leave out fields that a configuration does not have; without `head_dim` the model reads one only if it is set."""
+    lost = (*names, *(() if head_dim or values["head_dim"] else ("head_dim",)))
+    return {name: value for name, value in values.items() if name not in lost}
+
+
 def llama(rng: random.Random) -> Any:
-    biases = {"attention_bias": rng.random() < 0.4, "mlp_bias": rng.random() < 0.4}
-    return transformers.LlamaConfig(**sizes(rng), **biases)
+    return transformers.LlamaConfig(**sizes(rng))
 
 
 def mistral(rng: random.Random) -> Any:
-    return transformers.MistralConfig(**sizes(rng), sliding_window=rng.choice([None, 1, 5, 16]))
+    values = without(sizes(rng), "attention_bias", "mlp_bias")
+    return transformers.MistralConfig(**values, sliding_window=rng.choice([None, 1, 5, 16]))
 
 
 def windows(rng: random.Random, layers: int) -> dict[str, Any]:
@@ -72,28 +80,22 @@ def windows(rng: random.Random, layers: int) -> dict[str, Any]:
 
 
 def qwen2(rng: random.Random) -> Any:
-    values = sizes(rng)
-    if values["head_dim"] is None:
-        del values["head_dim"]  # this configuration has no such field, but the model reads one
+    values = without(sizes(rng), "attention_bias", "mlp_bias", head_dim=False)
     return transformers.Qwen2Config(**values, **windows(rng, values["num_hidden_layers"]))
 
 
 def qwen3(rng: random.Random) -> Any:
-    values = sizes(rng)
+    values = without(sizes(rng), "mlp_bias")
     values["head_dim"] = values["head_dim"] or 6
-    more = windows(rng, values["num_hidden_layers"])
-    return transformers.Qwen3Config(**values, **more, attention_bias=rng.random() < 0.4)
+    return transformers.Qwen3Config(**values, **windows(rng, values["num_hidden_layers"]))
 
 
 def olmo2(rng: random.Random) -> Any:
-    values = sizes(rng)
-    if values["head_dim"] is None:
-        del values["head_dim"]
-    return transformers.Olmo2Config(**values, attention_bias=rng.random() < 0.4)
+    return transformers.Olmo2Config(**without(sizes(rng), "mlp_bias", head_dim=False))
 
 
 def gemma2(rng: random.Random) -> Any:
-    values = sizes(rng)
+    values = without(sizes(rng), "mlp_bias")
     values["head_dim"] = values["head_dim"] or 6
     types = [rng.choice(["full_attention", "sliding_attention"]) for _ in range(values["num_hidden_layers"])]
     return transformers.Gemma2Config(
@@ -103,18 +105,14 @@ def gemma2(rng: random.Random) -> Any:
         query_pre_attn_scalar=rng.choice([4, 9]),
         attn_logit_softcapping=rng.choice([None, 2.0, 50.0]),
         final_logit_softcapping=rng.choice([None, 1.5, 30.0]),
-        attention_bias=rng.random() < 0.4,
     )
 
 
 def smollm3(rng: random.Random) -> Any:
-    values = sizes(rng) | {"num_hidden_layers": 4}
-    if values["head_dim"] is None:
-        del values["head_dim"]
+    values = without(sizes(rng), head_dim=False) | {"num_hidden_layers": 4}
     marks = rng.choice([{}, {"no_rope_layer_interval": 2}, {"no_rope_layers": [0, 1, 1, 0]}])
     seen = rng.choice([{}, {"use_sliding_window": True, "sliding_window": 5}])
-    biases = {"attention_bias": rng.random() < 0.4, "mlp_bias": rng.random() < 0.4}
-    return transformers.SmolLM3Config(**values, **marks, **seen, **biases)
+    return transformers.SmolLM3Config(**values, **marks, **seen)
 
 
 FAMILIES: dict[str, Callable[[random.Random], Any]] = {
@@ -135,10 +133,11 @@ def random_config(seed: int, family: str = "llama") -> Any:
 def widened(config: Any, seed: int) -> Any:
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    less = 1.0 if config.model_type.startswith("gemma") else 0.0  # what a norm's weight is stored less of
     for name, parameter in model.named_parameters():
         with torch.no_grad():
             if "norm" in name:
-                parameter.uniform_(0.5, 1.5)
+                parameter.uniform_(0.5 - less, 1.5 - less)
             elif name.endswith("bias"):
                 parameter.normal_(std=0.3)
             else:
