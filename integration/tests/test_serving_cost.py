@@ -17,9 +17,9 @@ from dovetail_profile import cost
 from dovetail_protocols import Request, SamplingParams
 
 LIMIT = 1.3
-TURN = 8 * 64  # places that paged attention looks at in one turn, even where nobody reads the cache
 C = subject.MODEL
 LENGTH = subject.LOAD["prompt"] + subject.LOAD["output"]
+TURN = LENGTH  # places that paged attention looks at in one turn: all that a lone row's table has
 
 
 @functools.cache
