@@ -33,6 +33,7 @@ from dovetail_models import (
     save_pretrained,
     split,
 )
+from dovetail_models.decoder import Block
 from dovetail_models.family import family_of
 from dovetail_models.llama import FAMILY
 from dovetail_protocols import FullCache, LanguageModel, WindowCache, paths
@@ -142,6 +143,26 @@ def test_two_widths_cannot_be_written() -> None:
         config_to_hf(Qwen2Config(**SIZES, windows=(3, 4)), dtype="float32")
     with pytest.raises(ValueError, match="expected one for each of 2 layers"):
         Qwen2Config(**SIZES, windows=(3,))
+
+
+def test_auxiliary_values_of_layers_add_up(build: Any, small: Any) -> None:
+    """A balancing loss counts some layers only, or each under another weight."""
+
+    class Counted(Block):
+        """A block that tells how many tokens it saw, the first one also their sum."""
+
+        def transform(self, x: Any, mixer: Any) -> Any:
+            y, _ = super().transform(x, mixer)
+            mine = {"first": (jnp.sum(x), jnp.float32(1))} if self.first else {}
+            return y, {"tokens": (jnp.float32(x.shape[0]), jnp.float32(2)), **mine}
+
+    model = build(dataclasses.replace(small, layers=3))
+    for i, layer in enumerate(model.layers):
+        layer.__class__, layer.first = Counted, i == 0
+    tokens = jnp.arange(5, dtype=jnp.int32)
+    _, aux, _ = model.hidden(tokens, tokens, DenseMixer.of(tokens[None]))
+    assert set(aux) == {"tokens", "first"}
+    assert (float(aux["tokens"][0]), float(aux["tokens"][1]), float(aux["first"][1])) == (15, 6, 1)
 
 
 def test_a_family_of_ones_own(build: Any, tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from dovetail_models.layers import Initializer, RMSNorm, Rotary, Tables, paramet
 from dovetail_protocols import Auxiliary, CacheSpec
 from dovetail_runtime import constrain
 
-__all__ = ["Block", "Decoder", "DecoderConfig"]
+__all__ = ["Block", "Decoder", "DecoderConfig", "add_auxiliary"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,6 +112,8 @@ class DecoderConfig:
 class Block(nnx.Module):
     """Attention and MLP, each added to the residual stream.
 
+    Auxiliary values are a dict ``{name: (sum, weight)}`` of scalars: those of all layers add up by name.
+
     Args:
         config: sizes and options.
         attention: see `GroupedAttention`.
@@ -144,12 +146,23 @@ class Block(nnx.Module):
             if after:
                 setattr(self, f"{name}_out_norm", config.norm(dtype))
 
-    def __call__(self, layer: int, x: jax.Array, tables: Tables, mixer: Any) -> tuple[jax.Array, Any]:
-        """Return the residual stream ``[tokens, features]`` after the block, and the mixer."""
+    def __call__(self, layer: int, x: jax.Array, tables: Tables, mixer: Any) -> tuple[jax.Array, Auxiliary, Any]:
+        """Return the residual stream ``[tokens, features]`` after the block, its auxiliary values, and the mixer."""
         mixed, mixer = self.attention(layer, self.attention_norm(x) if self.before else x, tables, mixer)
         x = constrain(x + (self.attention_out_norm(mixed) if self.after else mixed), "tokens", "embed")
-        y = self.mlp(self.mlp_norm(x) if self.before else x)
-        return constrain(x + (self.mlp_out_norm(y) if self.after else y), "tokens", "embed"), mixer
+        y, aux = self.transform(self.mlp_norm(x) if self.before else x, mixer)
+        return constrain(x + (self.mlp_out_norm(y) if self.after else y), "tokens", "embed"), aux, mixer
+
+    def transform(self, x: jax.Array, mixer: Any) -> tuple[jax.Array, Auxiliary]:
+        """Return what the MLP makes of each token, and its auxiliary values: none, if it is a plain one."""
+        del mixer
+        return self.mlp(x), {}
+
+
+def add_auxiliary(one: Auxiliary, other: Auxiliary) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Return the sums and weights of both, added up where both have a name."""
+    both = {name: jax.tree.map(jnp.add, one[name], other[name]) for name in one if name in other}
+    return {**one, **other, **both}
 
 
 class Decoder(nnx.Module):
@@ -199,9 +212,11 @@ class Decoder(nnx.Module):
         x = constrain(self._embedded(tokens) if embeds is None else embeds.astype(self.dtype), "tokens", "embed")
         kinds = dict.fromkeys(layer.attention.rotary for layer in self.layers)
         tables = {rotary: rotary.table(positions) for rotary in kinds if rotary is not None}
+        total: Auxiliary = {}
         for i, layer in enumerate(self.layers):
-            x, mixer = layer(i, x, tables, mixer)
-        return self.norm(x), {}, mixer
+            x, aux, mixer = layer(i, x, tables, mixer)
+            total = add_auxiliary(total, aux)
+        return self.norm(x), total, mixer
 
     def _embedded(self, tokens: jax.Array) -> jax.Array:
         x, scale = take(self.embedding.get_value(), tokens).astype(self.dtype), self.config.embedding_scale
