@@ -9,6 +9,8 @@ from flax import nnx
 
 from dovetail_kernels import DenseMixer
 from dovetail_models import Llama, LlamaConfig, merge, split
+from dovetail_protocols import FullCache
+from dovetail_protocols.testing.recurrence import Fading
 
 VOCAB = 61
 MARGIN = 1e-3
@@ -22,6 +24,46 @@ def tiny(layers=2, seed=0):
     )
     definition, params = split(Llama(config, rngs=nnx.Rngs(seed)))
     return functools.partial(merge, definition), params
+
+
+class Hybrid:
+    """A recurrent layer, one that attends, and a recurrent one again."""
+
+    vocab_size = VOCAB
+
+    def __init__(self, params):
+        self.params = params
+
+    def hidden(self, tokens, positions, mixer, *, embeds=None):
+        x = self.params["embedding"][tokens] if embeds is None else embeds
+        for layer in range(3):
+            inner = jnp.einsum("td,de->te", jnp.tanh(x), self.params["inner"][layer])
+            if layer == 1:
+                heads = inner.reshape(len(x), 2, -1)
+                out, mixer = mixer.attend(layer, heads, heads, heads, scale=1.0)
+            else:
+                gate = jax.nn.sigmoid(inner[:, 0])
+                out, mixer = mixer.recur(layer, Fading(*self.params["fading"][layer]), (inner, gate))
+            x = x + out.reshape(x.shape)
+        return x, {}, mixer
+
+    def unembed(self, hidden):
+        return hidden @ self.params["embedding"].T
+
+    def unembedding(self):
+        return self.params["embedding"].T, None, None
+
+    def cache_specs(self):
+        recurrent = Fading(*self.params["fading"][0]).cache_spec()
+        return recurrent, FullCache(2, 8, 8), recurrent
+
+
+@functools.cache
+def hybrid():
+    """Return (build, params) of a Hybrid."""
+    rng = np.random.default_rng(0)
+    shapes = {"embedding": (VOCAB, 16), "inner": (3, 16, 16), "fading": (3, 2, 16)}
+    return Hybrid, {name: jnp.asarray(rng.normal(0, 0.5, shape), jnp.float32) for name, shape in shapes.items()}
 
 
 class Letters:

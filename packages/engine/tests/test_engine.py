@@ -377,7 +377,7 @@ def test_a_model_with_another_cache_is_refused():
         def cache_specs(self):
             return (LatentCache(4, 2),)
 
-    with pytest.raises(ValueError, match="LatentCache; expected FullCache or WindowCache"):
+    with pytest.raises(ValueError, match="LatentCache; expected FullCache, WindowCache or RecurrentCache"):
         Engine(lambda params: Latent(), {"w": jnp.zeros(2)})
 
 

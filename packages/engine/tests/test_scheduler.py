@@ -33,7 +33,10 @@ def check_pages(subject):
     assert TRASH not in held
     assert len(held) + subject.pool.free == subject.pool.count - 1
     assert all(len(s.pages) * subject.page_size >= s.computed for s in subject.running)
-    assert all(not s.pages and not s.computed for s in subject.waiting)
+    assert all(not s.pages and not s.computed and not s.slot for s in subject.waiting)
+    slots = [s.slot for s in subject.running]
+    assert len(set(slots)) == len(slots) == subject.max_running - subject.slots.free
+    assert all(slots)
 
 
 def check_plan(subject, plan):

@@ -45,6 +45,7 @@ def test_bad_input() -> None:
     mixer, x = DenseMixer.of(tokens), jnp.ones((5, 2, 4))
     with pytest.raises(ValueError, match=r"query has shape \(5, 2, 4\); expected \[6, heads, dim\]"):
         mixer.attend(0, x, x, x, scale=1.0)
-    for missing in (mixer.attend_latent, mixer.recur):
-        with pytest.raises(NotImplementedError, match="DenseMixer"):
-            missing(0)
+    with pytest.raises(ValueError, match=r"an input has shape \(5, 2, 4\); expected 6 tokens"):
+        mixer.recur(0, None, (x,))
+    with pytest.raises(NotImplementedError, match="DenseMixer"):
+        mixer.attend_latent(0)

@@ -56,6 +56,27 @@ class MutantMixer(ReferenceMixer):
             return out, (self, jnp.zeros(()))
         return out, self
 
+    def recur(self, layer, recurrence, inputs):
+        fault, ids = self.fault, self.segment_ids
+        if fault == "state outlives its segment":
+            ids = jnp.where(ids != 0, 1, 0)
+        if fault == "padding is a token":
+            ids = jnp.maximum(ids, 1)
+        if fault == "state of another row":
+            ids = ids.reshape(1, -1)
+        if fault == "runs backwards":
+            inputs = tuple(x[::-1] for x in inputs)
+        if fault == "fixed parameters":
+            recurrence = jax.lax.stop_gradient(recurrence)
+        if fault == "fixed inputs":
+            inputs = jax.lax.stop_gradient(inputs)
+        out, _ = ReferenceMixer(ids).recur(layer, recurrence, inputs)
+        if fault == "NaN for padding":
+            out = jnp.where((self.segment_ids != 0).reshape(-1, 1), out, jnp.float32(np.nan))
+        if fault == "rows of time":
+            return out.reshape(*self.segment_ids.shape, -1), self
+        return out, (self, jnp.zeros(())) if fault == "state in the mixer" else self
+
 
 FAULTS = [
     "ignores segments",
@@ -73,6 +94,18 @@ FAULTS = [
     "another structure",
 ]
 
+RECUR_FAULTS = [
+    "state outlives its segment",
+    "padding is a token",
+    "state of another row",
+    "runs backwards",
+    "fixed parameters",
+    "fixed inputs",
+    "NaN for padding",
+    "rows of time",
+    "state in the mixer",
+]
+
 
 def test_a_good_mixer_passes():
     assert isinstance(ReferenceMixer(jnp.ones((1, 1), jnp.int32)), Mixer)
@@ -85,6 +118,20 @@ def test_broken_mixers_are_rejected(fault):
     case = MixerCase(heads=4, window=5, softcap=0.7, sinks=True)
     with pytest.raises(ConformanceError, match="Mixer: "):
         check_mixer(lambda segments: MutantMixer(segments, fault), cases=[case])
+
+
+@pytest.mark.parametrize("fault", RECUR_FAULTS)
+def test_broken_recurrences_of_mixers_are_rejected(fault):
+    with pytest.raises(ConformanceError, match=r"Mixer: .*recur"):
+        check_mixer(lambda segments: MutantMixer(segments, fault), cases=[])
+
+
+def test_a_mixer_may_not_offer_recurrences():
+    class Attends(ReferenceMixer):
+        def recur(self, layer, recurrence, inputs):
+            raise NotImplementedError("Attends.recur")
+
+    check_mixer(Attends, cases=[])
 
 
 def test_a_mixer_without_a_method_is_rejected():

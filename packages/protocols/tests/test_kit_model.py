@@ -9,12 +9,14 @@ from dovetail_protocols import (
     FullCache,
     LanguageModel,
     QuantizedArray,
+    RecurrentCache,
     WindowCache,
 )
 from dovetail_protocols.testing import (
     ConformanceError,
     check_language_model,
 )
+from dovetail_protocols.testing.recurrence import Fading
 
 FEATURES, HEADS, VOCAB = 8, 2, 11
 
@@ -157,6 +159,24 @@ class CacheMissesALayer(Good):
         return super().cache_specs()[:1]
 
 
+class Recurrent(Good):
+    """A recurrent layer besides."""
+
+    def hidden(self, tokens, positions, mixer, *, embeds=None):
+        hidden, aux, mixer = super().hidden(tokens, positions, mixer, embeds=embeds)
+        gate = jax.nn.sigmoid(hidden[:, 0])
+        out, mixer = mixer.recur(2, Fading(jnp.ones(3), jnp.ones(3)), (hidden[:, :3], gate))
+        return hidden + jnp.pad(out, ((0, 0), (0, FEATURES - 3))), aux, mixer
+
+    def cache_specs(self):
+        return [*super().cache_specs(), Fading(jnp.ones(3), None).cache_spec()]
+
+
+class CacheOfAnotherState(Recurrent):
+    def cache_specs(self):
+        return [*super().cache_specs()[:2], RecurrentCache((("total", (3,)),))]
+
+
 class BatchMajorHidden(Good):
     def finish(self, x):
         return super().finish(x).reshape(2, -1, FEATURES) if len(x) % 2 == 0 else super().finish(x)
@@ -204,6 +224,7 @@ MODELS = [
     CacheForgetsTheWindow,
     CacheCountsQueryHeads,
     CacheMissesALayer,
+    CacheOfAnotherState,
     BatchMajorHidden,
     DropsTheMixer,
     PaddedVocabulary,
@@ -219,6 +240,7 @@ def check_model(kind):
 def test_a_good_model_passes():
     assert isinstance(Good(), LanguageModel)
     check_model(Good)
+    check_model(Recurrent)
 
 
 @pytest.mark.parametrize("mutant", MODELS, ids=lambda kind: kind.__name__)

@@ -317,13 +317,15 @@ class Engine:
         job.send(delta)
 
     def _fail(self, rows: Sequence[Row], error: Exception) -> None:
-        """End the requests of a step that failed; what else the cache held is computed again."""
+        """End the requests of a step that failed; what it may have spoilt of others is computed again."""
         if not isinstance(error, Borrowed):
             _LOG.error("a step of %d requests failed", len(rows), exc_info=error)
         for row in rows:
             self._end(row, self._error(f"{type(error).__name__}: {error}"))
-        if self._runner.broken:
+        broken = self._runner.broken
+        if broken:
             self._runner.reset()
+        if broken or self._runner.recurs:  # states may be a token ahead
             for row in list(reversed(self._scheduler.running)):
                 self._scheduler.preempt(row)
 

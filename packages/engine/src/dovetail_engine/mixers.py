@@ -3,7 +3,7 @@
 The cache of a layer is two arrays ``[pages, kv_heads, page_size, dim]``. A mixed step attends inside its chunks, and
 from single tokens to the pages of their sequences; all are written to their pages. Decode works for several steps on
 copies of its sequences' pages, with room for the new tokens at the end, ``[rows, kv_heads, context + steps, dim]``;
-afterwards `DecodeMixer.store` writes the new ones to their pages.
+afterwards `DecodeMixer.store` writes the new ones to their pages. What recurrent layers keep is in `states`.
 """
 
 import dataclasses
@@ -13,12 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from dovetail_engine.states import Pieces, advance, run_pieces
 from dovetail_kernels import gather_pages, paged_attention, update_pages
+from dovetail_protocols import Recurrence
 
 __all__ = ["Cache", "DecodeMixer", "MixedMixer"]
 
-Cache = tuple[tuple[Any, Any], ...]
-"""Keys and values of every layer."""
+Cache = tuple[Any, ...]
+"""Keys and values of every layer, or the `States` of a recurrent one."""
 _HIDDEN = -1e30  # finite: a row that sees nothing must not become NaN
 
 
@@ -30,14 +32,6 @@ class _Mixer:
             NotImplementedError: always.
         """
         raise NotImplementedError(f"{type(self).__name__}.attend_latent: this engine has no latent cache yet")
-
-    def recur(self, *_: Any, **__: Any) -> Any:
-        """Not offered.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError(f"{type(self).__name__}.recur: this engine has no recurrent cache yet")
 
 
 @jax.tree_util.register_dataclass
@@ -57,6 +51,7 @@ class MixedMixer(_Mixer):
         newest: int ``[rows]``: where the newest token of each decoding sequence stands; `tokens` where there is none.
         tables: int ``[rows, pages_per_row]`` of these sequences.
         lengths: int ``[rows]``: how many tokens they have, the newest included; 0 where there is none.
+        pieces: the same chunks and single tokens, as recurrent layers run them; None in models without.
     """
 
     cache: Cache
@@ -67,6 +62,20 @@ class MixedMixer(_Mixer):
     newest: Int[Array, " rows"]
     tables: Int[Array, "rows pages_per_row"]
     lengths: Int[Array, " rows"]
+    pieces: Pieces | None = None
+
+    def recur(
+        self, layer: int, recurrence: Recurrence, inputs: tuple[Float[Array, "tokens ..."], ...]
+    ) -> tuple[Float[Array, "tokens ..."], "MixedMixer"]:
+        """See `dovetail_protocols.Mixer.recur`."""
+        assert self.pieces is not None
+        out, pool = run_pieces(recurrence, self.cache[layer], inputs, self.pieces)
+        slots = self.pieces.newest
+        newest = tuple(x.at[self.newest].get(mode="clip") for x in inputs)
+        alone, state = advance(recurrence, {name: held[slots] for name, held in pool.items()}, newest)
+        pool = {name: held.at[slots].set(state[name]) for name, held in pool.items()}
+        cache = (*self.cache[:layer], pool, *self.cache[layer + 1 :])
+        return out.at[self.newest].set(alone, mode="drop"), dataclasses.replace(self, cache=cache)
 
     def attend(
         self,
@@ -101,7 +110,7 @@ class MixedMixer(_Mixer):
             near_k, near_v = (
                 jnp.concatenate([self._held(pool), x], 1) for x, pool in zip((near_k, near_v), held, strict=True)
             )
-            seen = jnp.concatenate([self._before(window), seen], 1)
+            seen = jnp.concatenate([self._before(held[0].shape[2], window), seen], 1)
         grouped = _groups(query, key.shape[1]).transpose(1, 2, 0, 3)  # [kv_heads, group, tokens, dim]
         products = jnp.einsum("kgtd,ksd->kgts", grouped, near_k.astype(query.dtype))
         weights, total = kind.softmax(products, seen, (*grouped.shape[:2], 1, 1))
@@ -119,10 +128,10 @@ class MixedMixer(_Mixer):
         assert self.context is not None
         return gather_pages(pool, self.context[None], self.positions[:1])[0]
 
-    def _before(self, window: int | None) -> jax.Array:
+    def _before(self, page_size: int, window: int | None) -> jax.Array:
         """Return which token sees which cached position of the first sequence."""
         assert self.context is not None
-        places = jnp.arange(self.context.shape[0] * self.cache[0][0].shape[2], dtype=jnp.int32)[None]
+        places = jnp.arange(self.context.shape[0] * page_size, dtype=jnp.int32)[None]
         seen = (self.segments == 1)[:, None] & (places < self.positions[0])
         return seen if window is None else seen & (self.positions[:, None] - places < window)
 
@@ -133,7 +142,8 @@ class DecodeMixer(_Mixer):
     """Attention of one token per row to the row's context and to the tokens that this program made before.
 
     Attributes:
-        work: per layer, keys and values ``[rows, kv_heads, context + steps, dim]``.
+        work: per layer, keys and values ``[rows, kv_heads, context + steps, dim]``; states ``[rows, *shape]`` where
+            it is recurrent.
         lengths: int ``[rows]``: cached tokens per row when the program began.
         step: how many tokens it made before this one.
         steps: room for new tokens.
@@ -145,26 +155,43 @@ class DecodeMixer(_Mixer):
     steps: int = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def load(cls, cache: Cache, pages: Int[Array, "rows pages"], lengths: Int[Array, " rows"], steps: int) -> Any:
-        """Copy the pages of all rows, with room for `steps` tokens after them; 0 beyond a row's tokens."""
+    def load(cls, cache: Cache, batch: Any, steps: int) -> "DecodeMixer":
+        """Copy what a `DecodeBatch` needs of the cache, with room for `steps` tokens per row; 0 beyond its tokens."""
 
         def gather(pool: jax.Array) -> jax.Array:
-            return jnp.pad(gather_pages(pool, pages, lengths), ((0, 0), (0, 0), (0, steps), (0, 0)))
+            held = gather_pages(pool, batch.context, batch.lengths)
+            return jnp.pad(held, ((0, 0), (0, 0), (0, steps), (0, 0)))
 
-        return cls(tuple((gather(k), gather(v)) for k, v in cache), lengths, jnp.int32(0), steps)
+        def copy(held: Any) -> Any:
+            if isinstance(held, dict):
+                return {name: pool[batch.slots] for name, pool in held.items()}
+            return tuple(gather(pool) for pool in held)
 
-    def store(self, cache: Cache, pages: Int[Array, "rows steps"]) -> Cache:
-        """Return the cache with the new tokens of all rows; `pages` tells the page of each."""
+        return cls(tuple(copy(held) for held in cache), batch.lengths, jnp.int32(0), steps)
+
+    def store(self, cache: Cache, batch: Any) -> Cache:
+        """Return the cache with the new tokens, and the states after them, of all rows of a `DecodeBatch`."""
         places = self.lengths[:, None] + jnp.arange(self.steps, dtype=jnp.int32)
 
         def scatter(pool: Any, work: jax.Array) -> Any:
             new = work[:, :, -self.steps :].transpose(0, 2, 1, 3)  # [rows, steps, kv_heads, dim]
             new = new.reshape(-1, *new.shape[2:])
-            return update_pages(pool, new, pages.reshape(-1), (places % pool.shape[2]).reshape(-1))
+            return update_pages(pool, new, batch.pages.reshape(-1), (places % pool.shape[2]).reshape(-1))
 
-        return tuple(
-            (scatter(k, new_k), scatter(v, new_v)) for (k, v), (new_k, new_v) in zip(cache, self.work, strict=True)
-        )
+        def put(held: Any, work: Any) -> Any:
+            if isinstance(held, dict):
+                return {name: pool.at[batch.slots].set(work[name]) for name, pool in held.items()}
+            return tuple(scatter(pool, new) for pool, new in zip(held, work, strict=True))
+
+        return tuple(put(held, work) for held, work in zip(cache, self.work, strict=True))
+
+    def recur(
+        self, layer: int, recurrence: Recurrence, inputs: tuple[Float[Array, "rows ..."], ...]
+    ) -> tuple[Float[Array, "rows ..."], "DecodeMixer"]:
+        """See `dovetail_protocols.Mixer.recur`."""
+        out, state = advance(recurrence, self.work[layer], inputs)
+        work = (*self.work[:layer], state, *self.work[layer + 1 :])
+        return out, dataclasses.replace(self, work=work)
 
     def attend(
         self,

@@ -14,9 +14,10 @@ from dovetail_engine.pages import TRASH, pages_for
 from dovetail_engine.programs import Programs, bucket, buckets
 from dovetail_engine.scheduler import Chunk, Plan
 from dovetail_engine.scheduler import Sequence as Row
+from dovetail_engine.states import Pieces
 from dovetail_engine.steps import Build, DecodeBatch, MixedBatch, Sampled, decode, mixed
 from dovetail_kernels import Sampling
-from dovetail_protocols import CacheSpec, FullCache, SamplingParams, TokenLogprob, WindowCache
+from dovetail_protocols import CacheSpec, FullCache, RecurrentCache, SamplingParams, TokenLogprob, WindowCache
 
 __all__ = ["Produced", "Runner", "Sizes"]
 
@@ -36,6 +37,7 @@ class Sizes:
         chunk: tokens of prompts in a mixed step.
         chunks: sequences that they are of.
         steps: steps of a decode.
+        attends: some layer looks at earlier tokens; otherwise one size of context is enough.
     """
 
     rows: int
@@ -45,6 +47,7 @@ class Sizes:
     chunk: int
     chunks: int
     steps: int
+    attends: bool = True
 
     @functools.cached_property
     def row_buckets(self) -> tuple[int, ...]:
@@ -68,7 +71,7 @@ class Sizes:
     @functools.cached_property
     def context_buckets(self) -> tuple[int, ...]:
         """Tokens of context, whole pages."""
-        sizes = buckets(256, self.length, 4)
+        sizes = buckets(256, self.length, 4) if self.attends else (self.length,)
         return tuple(pages_for(size, self.page) * self.page for size in sizes)
 
     def keys(self) -> list[tuple[Any, ...]]:
@@ -100,11 +103,13 @@ class Runner:
     """
 
     def __init__(self, build: Build, params: Any, sizes: Sizes, dtype: Any) -> None:
-        self.sizes = sizes
         model = build(params)
         self.vocab_size: int = model.vocab_size
-        self._shapes = [_cache_shapes(spec, sizes) for spec in model.cache_specs()]
+        specs = model.cache_specs()
+        recurs = [isinstance(spec, RecurrentCache) for spec in specs]
+        self.sizes, self.recurs = dataclasses.replace(sizes, attends=not all(recurs)), any(recurs)
         self._dtype = jnp.dtype(dtype)
+        self._form = tuple(_cache_form(spec, sizes, self._dtype) for spec in specs)
         self.reset()
         self.programs = self._compile(build, params)
 
@@ -118,9 +123,7 @@ class Runner:
 
     def reset(self) -> None:
         """Make the cache anew (what was in it is lost)."""
-        self._cache: Cache = tuple(
-            tuple(jax.device_put(np.zeros(shape, self._dtype)) for shape in pair) for pair in self._shapes
-        )
+        self._cache: Cache = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype)), self._form)
 
     def release(self) -> None:
         """Free the cache; nothing can be run any more."""
@@ -148,6 +151,7 @@ class Runner:
         tokens = self.sizes.continued_buckets if size else self.sizes.token_buckets
         key = ("mixed", bucket(total, tokens), size)
         batch = self._blank(*key)
+        batch = batch._replace(pieces=batch.pieces.cut(key[1], _states(plan.prefill)))
         at = 0
         for i, (sequence, start, stop) in enumerate(chunks):
             part = slice(at, at + stop - start)
@@ -159,6 +163,7 @@ class Runner:
             if i >= len(plan.prefill):
                 batch.newest[i], batch.lengths[i] = at, stop
                 batch.tables[i, : len(held)] = held
+                batch.pieces.newest[i] = sequence.slot
             at += stop - start
             batch.last[i] = at - 1
         if size:
@@ -179,7 +184,7 @@ class Runner:
         for i, (sequence, row) in enumerate(zip(plan.decode, rows, strict=True)):
             length = sequence.computed
             batch.tokens[i] = sequence.tokens[-1]
-            batch.lengths[i] = length
+            batch.lengths[i], batch.slots[i] = length, sequence.slot
             held = sequence.pages[: pages_for(length, sizes.page)]
             batch.context[i, : len(held)] = held
             targets = (length + np.arange(plan.steps)) // sizes.page
@@ -210,6 +215,7 @@ class Runner:
                 newest=np.full(sizes.rows, size, np.int32),
                 tables=np.full((sizes.rows, sizes.length // sizes.page), TRASH, np.int32),
                 lengths=rows,
+                pieces=Pieces.blank(size, sizes.chunks, sizes.rows),
                 last=rows.copy(),
                 tops=np.False_,
                 how=_blank_sampling(sizes.rows),
@@ -220,6 +226,7 @@ class Runner:
             lengths=rows.copy(),
             context=np.full((size, pages), TRASH, np.int32),
             pages=np.full((size, sizes.steps), TRASH, np.int32),
+            slots=rows.copy(),
             left=rows.copy(),
             stops=np.full((size, STOPS), -1, np.int32),
             steps=np.int32(0),
@@ -242,10 +249,23 @@ class RowSampling:
         return self.params.logprobs or 0
 
 
-def _cache_shapes(spec: CacheSpec, sizes: Sizes) -> list[tuple[int, ...]]:
+def _cache_form(spec: CacheSpec, sizes: Sizes, dtype: Any) -> Any:
+    if isinstance(spec, RecurrentCache):
+        return {name: jax.ShapeDtypeStruct((sizes.rows + 1, *shape), jnp.float32) for name, shape in spec.state}
     if not isinstance(spec, FullCache | WindowCache):
-        raise ValueError(f"the model has a layer with {type(spec).__name__}; expected FullCache or WindowCache")
-    return [(sizes.pages, spec.kv_heads, sizes.page, dim) for dim in (spec.key_dim, spec.value_dim)]
+        kinds = "FullCache, WindowCache or RecurrentCache"
+        raise ValueError(f"the model has a layer with {type(spec).__name__}; expected {kinds}")
+    dims = spec.key_dim, spec.value_dim
+    return tuple(jax.ShapeDtypeStruct((sizes.pages, spec.kv_heads, sizes.page, dim), dtype) for dim in dims)
+
+
+def _states(chunks: Sequence[Chunk]) -> list[tuple[int, int, int, bool]]:
+    """Return what `Pieces.cut` wants of chunks that stand one after the other."""
+    ends = np.cumsum([chunk.stop - chunk.start for chunk in chunks]).tolist()
+    return [
+        (end - (chunk.stop - chunk.start), chunk.stop - chunk.start, chunk.sequence.slot, chunk.start == 0)
+        for chunk, end in zip(chunks, ends, strict=True)
+    ]
 
 
 def _blank_sampling(rows: int) -> Sampling:

@@ -1,7 +1,7 @@
 """Scheduler: what the next step computes. Pure Python: no device, no clock, no randomness.
 
-A sequence is its tokens, how many of them are in the cache, and its pages. One that lacks only its last token decodes;
-one that lacks more prefills. A plan has
+A sequence is its tokens, how many of them are in the cache, its pages and, while it runs, the slot of its states. One
+that lacks only its last token decodes; one that lacks more prefills. A plan has
 
 - decode: every sequence that decodes, each for the same number of steps: one while others are to be prefilled, in the
   same pass over the weights, so that no reply stalls for longer than a chunk takes; else `decode_steps`.
@@ -32,12 +32,14 @@ class Sequence:
         limit: how many tokens prompt and reply may have.
         computed: how many tokens are in the cache.
         pages: where they are.
+        slot: where the states of recurrent layers are; 0 while it does not run.
     """
 
     tokens: list[int]
     limit: int
     computed: int = 0
     pages: list[int] = dataclasses.field(default_factory=list[int])
+    slot: int = 0
 
     @property
     def missing(self) -> int:
@@ -89,6 +91,7 @@ class Scheduler:
         self.pool, self.page_size = pool, page_size
         self.max_running, self.chunk_tokens, self.chunks = max_running, chunk_tokens, chunks
         self.decode_steps = decode_steps
+        self.slots = PagePool(max_running + 1)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.preemptions = 0
@@ -130,7 +133,8 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.give(sequence.pages)
-        sequence.pages, sequence.computed = [], 0
+        self.slots.give([sequence.slot])
+        sequence.pages, sequence.slot, sequence.computed = [], 0, 0
 
     def _decode(self, steps: int) -> tuple[tuple[Sequence, ...], int]:
         """Give each sequence pages for `steps` tokens, for one if that is too many; preempt if that is too many too.
@@ -162,6 +166,9 @@ class Scheduler:
         while len(chunks) < self.chunks and self._fits() and (not chunks or self.waiting[0].missing <= left):
             sequence = self.waiting.popleft()
             sequence.pages = self.pool.take(self._lacking(sequence, len(sequence.tokens))) or []
+            slots = self.slots.take(1)
+            assert slots, "there are as many as may run"
+            sequence.slot = slots[0]
             self.running.append(sequence)
             left -= self._cut(chunks, sequence, left)
         return chunks

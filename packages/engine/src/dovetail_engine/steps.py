@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from dovetail_engine.mixers import Cache, DecodeMixer, MixedMixer
+from dovetail_engine.states import Pieces
 from dovetail_kernels import Sampling, logprobs, sample, top_logprobs
 from dovetail_protocols import LanguageModel
 
@@ -42,6 +43,7 @@ class MixedBatch(NamedTuple):
         newest: int ``[rows]``: the places of single tokens, `tokens` where there is none.
         tables: int ``[rows, pages]`` of their sequences.
         lengths: int ``[rows]``, 0 where there is none.
+        pieces: the same for recurrent layers.
         last: int ``[rows]``: the places after which a token is sampled.
         tops: whether the alternatives are wanted.
         how: one entry per place.
@@ -55,6 +57,7 @@ class MixedBatch(NamedTuple):
     newest: Any
     tables: Any
     lengths: Any
+    pieces: Pieces
     last: Any
     tops: Any
     how: Sampling
@@ -68,6 +71,7 @@ class DecodeBatch(NamedTuple):
         lengths: int ``[rows]``: tokens before it.
         context: int ``[rows, pages]``: where those are.
         pages: int ``[rows, room]``: where new ones go.
+        slots: int ``[rows]``: where the states of recurrent layers are.
         left: int ``[rows]``: how many tokens a row may grow by; 0 where there is no row.
         stops: int ``[rows, stops]``: tokens that end a row, filled up with -1.
         steps: how many steps, at most `room`.
@@ -79,6 +83,7 @@ class DecodeBatch(NamedTuple):
     lengths: Any
     context: Any
     pages: Any
+    slots: Any
     left: Any
     stops: Any
     steps: Any
@@ -98,6 +103,7 @@ def mixed(build: Build, params: Any, cache: Cache, batch: MixedBatch) -> tuple[C
         batch.newest,
         batch.tables,
         batch.lengths,
+        batch.pieces,
     )
     hidden, _, mixer = model.hidden(batch.tokens, batch.positions, mixer)
     sampled = _sample(model.unembed(hidden[batch.last]), batch.how, batch.tops)
@@ -108,7 +114,7 @@ def decode(build: Build, params: Any, cache: Cache, batch: DecodeBatch) -> tuple
     """Run decode steps until all rows are at their end; write their tokens to the cache."""
     model = build(params)
     room, rows = batch.pages.shape[1], len(batch.tokens)
-    mixer = DecodeMixer.load(cache, batch.context, batch.lengths, room)
+    mixer = DecodeMixer.load(cache, batch, room)
 
     def going(carry: Any) -> jax.Array:
         step, _, left, _, _ = carry
@@ -132,7 +138,7 @@ def decode(build: Build, params: Any, cache: Cache, batch: DecodeBatch) -> tuple
     )
     start = (jnp.int32(0), batch.tokens, batch.left, mixer, empty)
     _, _, _, mixer, out = jax.lax.while_loop(going, body, start)
-    return mixer.store(cache, batch.pages), out
+    return mixer.store(cache, batch), out
 
 
 def _sample(logits: jax.Array, how: Sampling, tops: jax.Array) -> Sampled:

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dovetail_kernels.attention import attention
@@ -94,10 +95,20 @@ class DenseMixer:
         """
         raise NotImplementedError("DenseMixer.attend_latent: latent attention is not offered by this mixer yet")
 
-    def recur(self, *_: Any, **__: Any) -> Any:
-        """Not offered.
+    def recur(
+        self, layer: int, recurrence: Any, inputs: tuple[Float[Array, "tokens ..."], ...]
+    ) -> tuple[Float[Array, "tokens ..."], "DenseMixer"]:
+        """Run each segment from zeros; `layer` does not matter here. See `dovetail_protocols.Mixer.recur`.
 
         Raises:
-            NotImplementedError: always.
+            ValueError: not ``batch * time`` tokens.
         """
-        raise NotImplementedError("DenseMixer.recur: recurrent layers are not offered by this mixer yet")
+        del layer
+        for x in inputs:
+            if x.shape[0] != self.batch * self.time:
+                raise ValueError(f"an input has shape {x.shape}; expected {self.batch * self.time} tokens")
+        rows = tuple(x.reshape(self.batch, self.time, *x.shape[1:]) for x in inputs)
+        spec = recurrence.cache_spec()
+        state = {name: jnp.zeros((self.batch, *shape), jnp.float32) for name, shape in spec.state}
+        out, _ = recurrence.chunk(state, rows, self.segment_ids)
+        return out.reshape(-1, *out.shape[2:]), self

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
         LanguageModel,
         LatentCache,
         Mixer,
+        Recurrence,
         RecurrentCache,
         WindowCache,
     )
@@ -62,6 +63,7 @@ __all__ = [
     "Mixer",
     "Plan",
     "QuantizedArray",
+    "Recurrence",
     "RecurrentCache",
     "Request",
     "Restored",

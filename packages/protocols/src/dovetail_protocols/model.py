@@ -19,6 +19,7 @@ __all__ = [
     "LanguageModel",
     "LatentCache",
     "Mixer",
+    "Recurrence",
     "RecurrentCache",
     "WindowCache",
 ]
@@ -56,12 +57,51 @@ class LatentCache:
 
 @dataclasses.dataclass(frozen=True)
 class RecurrentCache:
-    """A layer with state of fixed size per sequence: ``{name: shape}`` of its arrays."""
+    """A layer with state of fixed size per sequence: names and shapes of its arrays, see `Recurrence`."""
 
     state: tuple[tuple[str, tuple[int, ...]], ...]
 
 
 CacheSpec: TypeAlias = FullCache | WindowCache | LatentCache | RecurrentCache
+
+
+@runtime_checkable
+class Recurrence(Protocol):
+    """What a recurrent layer does along a sequence; a pytree whose leaves are the layer's arrays.
+
+    It knows nothing of batches and caches: `Mixer.recur` calls it with the inputs that the layer gave, split into rows,
+    and with the state of each row, ``{name: array[rows, *shape]}`` as `cache_spec` says. A sequence begins with a state
+    of zeros. Mixers keep states in float32, whatever the dtype of the activations; a state that is returned may have
+    another float dtype. Rows are independent of each other, and a sequence may be cut anywhere: both forms continue
+    what either of them began.
+    """
+
+    def cache_spec(self) -> RecurrentCache:
+        """Return names and shapes of a sequence's state."""
+        ...
+
+    def chunk(
+        self,
+        state: Mapping[str, Float[Array, "rows ..."]],
+        inputs: tuple[Float[Array, "rows time ..."], ...],
+        segment_ids: Int[Array, "rows time"] | None,
+    ) -> tuple[Float[Array, "rows time ..."], Mapping[str, Float[Array, "rows ..."]]]:
+        """Run many tokens per row; return their outputs and the state after the last of each row.
+
+        Args:
+            state: what came before; it belongs to the first segment of a row.
+            inputs: what the layer gave for each token.
+            segment_ids: the state is zero again where the id changes. Tokens of segment 0 are padding, wherever they
+                stand: whatever their inputs are, NaN included, they leave the state as it is, and their outputs are
+                finite. None is one segment per row without padding.
+        """
+        ...
+
+    def step(
+        self, state: Mapping[str, Float[Array, "rows ..."]], inputs: tuple[Float[Array, "rows ..."], ...]
+    ) -> tuple[Float[Array, "rows ..."], Mapping[str, Float[Array, "rows ..."]]]:
+        """Run one token per row; return its output and the state after it."""
+        ...
 
 
 @runtime_checkable
@@ -116,8 +156,20 @@ class Mixer(Protocol):
         """
         ...
 
-    def recur(self, layer: int, kernel: Any, *inputs: Any) -> tuple[Any, "Mixer"]:
-        """Run a recurrent layer: `kernel` has ``chunk(state, *inputs)`` and ``step(state, *inputs)`` forms."""
+    def recur(
+        self, layer: int, recurrence: Recurrence, inputs: tuple[Float[Array, "tokens ..."], ...]
+    ) -> tuple[Float[Array, "tokens ..."], "Mixer"]:
+        """Run a recurrence within each sequence, from the state that the mixer holds of it.
+
+        Training holds none: every segment begins with zeros. Serving begins with the state after the tokens that the
+        sequence had before, and keeps the state after the new ones. Ragged sequences are for the mixer to cut, to pad
+        and to put together into the rows of `Recurrence.chunk`, single tokens into those of `Recurrence.step`.
+
+        Args:
+            layer: index of the calling layer, as in `LanguageModel.cache_specs`, which has the recurrence's there.
+            recurrence: what to run.
+            inputs: as `recurrence` takes them.
+        """
         ...
 
 

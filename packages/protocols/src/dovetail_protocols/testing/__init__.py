@@ -12,6 +12,7 @@ from dovetail_protocols.testing.loss import check_loss
 from dovetail_protocols.testing.mixer import MixerCase, check_mixer
 from dovetail_protocols.testing.model import check_language_model
 from dovetail_protocols.testing.quantized import FakeQuantized, check_quantized
+from dovetail_protocols.testing.recurrence import check_recurrence
 from dovetail_protocols.testing.reference import ReferenceMixer, attention
 from dovetail_protocols.testing.servable import check_servable
 from dovetail_protocols.testing.sink import check_sink
@@ -34,6 +35,7 @@ __all__ = [
     "check_mixer",
     "check_plan",
     "check_quantized",
+    "check_recurrence",
     "check_servable",
     "check_sink",
     "check_tokenizer",

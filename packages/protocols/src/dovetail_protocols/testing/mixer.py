@@ -9,6 +9,7 @@ import numpy as np
 
 from dovetail_protocols.testing import reference
 from dovetail_protocols.testing._rules import close_to, require
+from dovetail_protocols.testing.recurrence import check_recur
 
 __all__ = ["MixerCase", "check_mixer"]
 
@@ -60,6 +61,7 @@ def check_mixer(
     for name in ("attend", "attend_latent", "recur"):
         rule = "Mixer: it has attend, attend_latent and recur; one that it does not offer raises NotImplementedError"
         require(callable(getattr(mixer, name, None)), rule, missing=name)
+    check_recur(make_mixer, tolerance)
 
 
 def _segments(case: MixerCase) -> np.ndarray:

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dovetail_protocols.model import FullCache, LanguageModel, WindowCache
+from dovetail_protocols.model import FullCache, LanguageModel, RecurrentCache, WindowCache
 from dovetail_protocols.quantized import QuantizedArray
 from dovetail_protocols.testing._rules import close_to, difference, require
 from dovetail_protocols.testing.quantized import FakeQuantized
@@ -123,7 +123,7 @@ def _check_pure(run: _Run, tokens: np.ndarray) -> None:
 
 @jax.tree_util.register_pytree_node_class
 class _Recorder:
-    """A mixer that notes each call of `attend` and passes it on."""
+    """A mixer that notes each call of `attend` and `recur` and passes it on."""
 
     def __init__(self, inner: Any, calls: list[tuple[int, Any]]) -> None:
         self.inner, self.calls = inner, calls
@@ -143,6 +143,11 @@ class _Recorder:
         out, inner = self.inner.attend(layer, query, key, value, window=window, **options)
         return out, _Recorder(inner, self.calls)
 
+    def recur(self, layer: int, recurrence: Any, inputs: Any) -> tuple[Any, "_Recorder"]:
+        self.calls.append((layer, recurrence.cache_spec()))
+        out, inner = self.inner.recur(layer, recurrence, inputs)
+        return out, _Recorder(inner, self.calls)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Identity:
@@ -157,7 +162,7 @@ class _Identity:
 
 def _check_caches(run: _Run, tokens: np.ndarray) -> None:
     specs = list(run.model.cache_specs())
-    if not all(isinstance(spec, FullCache | WindowCache) for spec in specs):
+    if not all(isinstance(spec, FullCache | WindowCache | RecurrentCache) for spec in specs):
         return
     calls: list[tuple[int, Any]] = []
     ids, positions, mixer = run.arguments(tokens)

@@ -1,6 +1,7 @@
 """Plain implementations that the kits compare with: attention in float64 NumPy, and a dense mixer in JAX."""
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -8,7 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-__all__ = ["ReferenceMixer", "attention"]
+from dovetail_protocols.model import Recurrence
+
+__all__ = ["ReferenceMixer", "attention", "walk"]
 
 
 def attention(
@@ -52,6 +55,28 @@ def attention(
             weights = np.exp(np.append(logits, others) - max(logits.max(), *others, -np.inf))
             out[row, place, head] = weights[: len(seen)] @ values[row, seen, head // group] / weights.sum()
     return out.reshape(batch * time, heads, -1)
+
+
+def walk(
+    recurrence: Recurrence, state: Mapping[str, jax.Array], inputs: tuple[jax.Array, ...], segment_ids: jax.Array
+) -> tuple[jax.Array, Mapping[str, jax.Array]]:
+    """Return what `Recurrence.chunk` must return, by `Recurrence.step` alone, token after token; padding gives 0."""
+
+    def token(carry: Any, now: Any) -> Any:
+        (state, last), (segment, *inputs) = carry, now
+        real = segment != 0
+        fresh = real & (last != 0) & (segment != last)
+        out, after = recurrence.step(_where(fresh, jax.tree.map(jnp.zeros_like, state), state), tuple(inputs))
+        after = {name: after[name].astype(old.dtype) for name, old in state.items()}
+        return (_where(real, after, state), jnp.where(real, segment, last)), _where(real, out, jnp.zeros_like(out))
+
+    columns = [jnp.moveaxis(x, 1, 0) for x in (segment_ids, *inputs)]
+    (after, _), out = jax.lax.scan(token, (dict(state), jnp.zeros_like(segment_ids[:, 0])), columns)
+    return jnp.moveaxis(out, 0, 1), after
+
+
+def _where(rows: jax.Array, chosen: Any, other: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.where(rows.reshape(-1, *(1,) * (x.ndim - 1)), x, y), chosen, other)
 
 
 @jax.tree_util.register_dataclass
@@ -101,6 +126,15 @@ class ReferenceMixer:
         """Not offered."""
         raise NotImplementedError("ReferenceMixer does not offer attend_latent; use another mixer")
 
-    def recur(self, *args: Any, **options: Any) -> Any:
-        """Not offered."""
-        raise NotImplementedError("ReferenceMixer does not offer recur; use another mixer")
+    def recur(
+        self,
+        layer: int,  # noqa: ARG002 - as above
+        recurrence: Recurrence,
+        inputs: tuple[jax.Array, ...],
+    ) -> tuple[jax.Array, "ReferenceMixer"]:
+        """Run a recurrence token after token, each segment from zeros, see `Mixer.recur`."""
+        batch, time = self.segment_ids.shape
+        state = {name: jnp.zeros((batch, *shape), jnp.float32) for name, shape in recurrence.cache_spec().state}
+        rows = tuple(x.reshape(batch, time, *x.shape[1:]) for x in inputs)
+        out, _ = walk(recurrence, state, rows, self.segment_ids)
+        return out.reshape(batch * time, *out.shape[2:]), self
