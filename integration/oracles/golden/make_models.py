@@ -8,12 +8,14 @@ import json
 import pathlib
 import shutil
 import sys
+import tempfile
 import tomllib
 from typing import Any
 
 import numpy as np
 import torch
 import transformers
+from safetensors.numpy import load_file
 
 TESTS = pathlib.Path(__file__).parents[3] / "packages/models/tests"
 SIZES = {
@@ -36,6 +38,10 @@ GRADIENTS = (
     "model.layers.1.self_attn.o_proj.bias",
     "model.layers.1.mlp.down_proj.weight",
     "model.layers.1.mlp.gate_proj.bias",
+    "model.layers.1.mlp.gate.weight",
+    "model.layers.1.mlp.experts.1.down_proj.weight",
+    "model.layers.1.block_sparse_moe.gate.weight",
+    "model.layers.1.block_sparse_moe.experts.1.w1.weight",
 )
 
 
@@ -61,12 +67,26 @@ def old_style(folder: pathlib.Path) -> None:
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n")
 
 
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
+
+
+def stored_gradients(model: torch.nn.Module) -> dict[str, np.ndarray]:
+    """Return some gradients under the names of a checkpoint, in which experts stand one by one; spoils the model."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.grad)
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        stored = load_file(pathlib.Path(folder) / "model.safetensors")
+    return {name: tensor for name, tensor in stored.items() if name in GRADIENTS}
+
+
 def make(name: str, case: dict[str, Any], seed: int) -> None:
     torch.manual_seed(seed)
     store = case.get("store", {})
     values = {name: None if value is False and name.endswith("_id") else value for name, value in case["hf"].items()}
     config = transformers.AutoConfig.for_model(case["family"], **(SIZES | values))
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, **EAGER).float().eval()
     widen(model)
     if "dtype" in store:
         model = model.to(getattr(torch, store["dtype"]))
@@ -76,13 +96,13 @@ def make(name: str, case: dict[str, Any], seed: int) -> None:
     if store.get("old_style"):
         old_style(folder)
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **EAGER)
     tokens = torch.randint(0, SIZES["vocab_size"], (2, 21))
     targets = torch.randint(0, SIZES["vocab_size"], (2, 21))
     logits = model(tokens).logits
     loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
     loss.backward()
-    gradients = {n: p.grad.numpy() for n, p in model.named_parameters() if n in GRADIENTS}
+    gradients = stored_gradients(model)
     arrays = {"tokens": tokens.numpy().astype(np.int32), "targets": targets.numpy().astype(np.int32)}
     arrays |= {"logits": logits.detach().numpy(), "loss": np.float32(loss.item())}
     np.savez_compressed(folder / "expected.npz", **arrays, **gradients)

@@ -11,6 +11,9 @@ import transformers
 __all__ = ["FAMILIES", "load_theirs", "random_config", "widened"]
 
 
+EAGER = {"attn_implementation": "eager", "experts_implementation": "eager"}
+
+
 def rope_of(rng: random.Random) -> dict[str, Any]:
     theta = rng.choice([1000.0, 10000.0, 500000.0])
     factor = rng.choice([1.5, 2.0, 8.0])
@@ -108,6 +111,32 @@ def gemma2(rng: random.Random) -> Any:
     )
 
 
+def mixtral(rng: random.Random) -> Any:
+    values = without(sizes(rng), "attention_bias", "mlp_bias")
+    experts = rng.choice([2, 5, 8])
+    return transformers.MixtralConfig(
+        **values,
+        sliding_window=rng.choice([None, 6]),
+        num_local_experts=experts,
+        num_experts_per_tok=rng.randint(1, min(experts, 3)),
+    )
+
+
+def qwen3_moe(rng: random.Random) -> Any:
+    values = without(sizes(rng), "mlp_bias", head_dim=False)
+    seen = rng.choice([{}, {"use_sliding_window": True, "sliding_window": 5}])
+    return transformers.Qwen3MoeConfig(
+        **values,
+        **seen,
+        num_experts=rng.choice([4, 7]),
+        num_experts_per_tok=rng.randint(1, 4),
+        moe_intermediate_size=rng.randint(4, 20),
+        norm_topk_prob=rng.random() < 0.5,
+        decoder_sparse_step=rng.choice([1, 1, 2]),
+        mlp_only_layers=rng.choice([None, [0]]),
+    )
+
+
 def smollm3(rng: random.Random) -> Any:
     values = without(sizes(rng), head_dim=False) | {"num_hidden_layers": 4}
     marks = rng.choice([{}, {"no_rope_layer_interval": 2}, {"no_rope_layers": [0, 1, 1, 0]}])
@@ -119,9 +148,11 @@ FAMILIES: dict[str, Callable[[random.Random], Any]] = {
     "gemma2": gemma2,
     "llama": llama,
     "mistral": mistral,
+    "mixtral": mixtral,
     "olmo2": olmo2,
     "qwen2": qwen2,
     "qwen3": qwen3,
+    "qwen3_moe": qwen3_moe,
     "smollm3": smollm3,
 }
 
@@ -132,7 +163,7 @@ def random_config(seed: int, family: str = "llama") -> Any:
 
 def widened(config: Any, seed: int) -> Any:
     torch.manual_seed(seed)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager").float().eval()
+    model = transformers.AutoModelForCausalLM.from_config(config, **EAGER).float().eval()
     less = 1.0 if config.model_type.startswith("gemma") else 0.0  # what a norm's weight is stored less of
     for name, parameter in model.named_parameters():
         with torch.no_grad():
@@ -146,6 +177,4 @@ def widened(config: Any, seed: int) -> Any:
 
 
 def load_theirs(folder: Path) -> Any:
-    return transformers.AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **EAGER).eval()

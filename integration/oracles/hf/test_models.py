@@ -43,6 +43,18 @@ def batch(seed: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
     return rng.integers(0, vocab_size, (BATCH, TIME)), rng.integers(0, vocab_size, (BATCH, TIME))
 
 
+def stored_gradients(model: transformers.PreTrainedModel, folder: Path) -> dict[str, np.ndarray]:
+    """Return all gradients under the names of a checkpoint, in which experts stand one by one; spoils the model."""
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(parameter.grad)
+        for buffer in model.buffers():
+            buffer.zero_()
+    model.save_pretrained(folder)
+    tensors = open_directory(folder)
+    return {name: tensors.read(name) for name in tensors}
+
+
 @pytest.mark.parametrize("seed", range(8))
 @pytest.mark.parametrize("family", FAMILIES)
 def test_random_configurations(family: str, seed: int, tmp_path: Path) -> None:
@@ -61,7 +73,7 @@ def test_random_configurations(family: str, seed: int, tmp_path: Path) -> None:
 
     save(tmp_path / "gradients", weight_map(model.config), gradients)
     found = open_directory(tmp_path / "gradients")
-    expected = {name: parameter.grad.numpy() for name, parameter in theirs.named_parameters()}
+    expected = stored_gradients(theirs, tmp_path / "theirs' gradients")
     assert set(found) == set(expected)
     largest = max(np.abs(gradient).max() for gradient in expected.values())
     for name, gradient in expected.items():
@@ -97,3 +109,20 @@ def test_our_models_load_there(scaling: Any, dtype: Any, tmp_path: Path) -> None
     got, _, _ = ours(model, tokens, targets)
     with torch.no_grad():
         np.testing.assert_allclose(got, theirs(torch.from_numpy(tokens)).logits.numpy(), atol=1e-4)
+
+
+def test_balancing_loss_of_one_sequence(tmp_path: Path) -> None:
+    """Where only one sequence and one layer count, ours is theirs, coefficient included."""
+    config = random_config(6, "mixtral")
+    config.output_router_logits, config.router_aux_loss_coef = True, 0.1
+    theirs = widened(config, 6)
+    theirs.save_pretrained(tmp_path)
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (1, TIME))
+    with torch.no_grad():
+        expected = 0.1 * theirs(torch.from_numpy(tokens)).aux_loss.item()
+    positions = jnp.arange(TIME, dtype=jnp.int32)
+    _, aux, _ = from_pretrained(tmp_path).hidden(
+        jnp.asarray(tokens[0], jnp.int32), positions, DenseMixer.of(jnp.asarray(tokens, jnp.int32))
+    )
+    total, weight = aux["loss/balance"]
+    np.testing.assert_allclose(total / weight, expected, rtol=1e-5)

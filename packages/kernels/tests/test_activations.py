@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dovetail_kernels import gated_linear_unit
+from dovetail_kernels import Clamped, gated_linear_unit, gated_product
 from dovetail_protocols import QuantizedArray
 
 ERF = np.vectorize(math.erf)
@@ -18,7 +18,7 @@ def sigmoid(z: np.ndarray) -> np.ndarray:
     return 1 / (1 + np.exp(-z))
 
 
-BY_HAND: dict[str, Any] = {
+BY_HAND: dict[Any, Any] = {
     "silu": lambda a, b: a * sigmoid(a) * b,
     "gelu": lambda a, b: a * (1 + ERF(a / math.sqrt(2))) / 2 * b,
     "gelu_tanh": lambda a, b: a * (1 + np.tanh(math.sqrt(2 / math.pi) * (a + 0.044715 * a**3))) / 2 * b,
@@ -27,6 +27,7 @@ BY_HAND: dict[str, Any] = {
     "sigmoid": lambda a, b: sigmoid(a) * b,
     "identity": lambda a, b: a * b,
     "clamped": lambda a, b: np.minimum(a, 7) * sigmoid(1.702 * np.minimum(a, 7)) * (np.clip(b, -7, 7) + 1),
+    Clamped(0.5, 2.0): lambda a, b: np.minimum(a, 2) * sigmoid(0.5 * np.minimum(a, 2)) * (np.clip(b, -2, 2) + 1),
 }
 
 
@@ -66,6 +67,16 @@ def test_values_and_gradients(activation: Any) -> None:
                 ]
                 slope = ((ends[0] - ends[1]) * cotangent).sum() / 2e-6
                 np.testing.assert_allclose((gradient * direction).sum(), slope, rtol=1e-5, atol=1e-6)
+
+
+def test_products_of_given_factors() -> None:
+    """Experts have their factors from grouped products; theirs must be the same unit."""
+    gate, up = draw((3, 4), (3, 4))
+    for activation, by_hand in BY_HAND.items():
+        got = gated_product(jnp.asarray(5 * gate, jnp.float32), jnp.asarray(up, jnp.float32), activation=activation)
+        np.testing.assert_allclose(got, by_hand(5 * gate, up), rtol=1e-5, atol=1e-5)
+    half = jnp.asarray(gate, jnp.bfloat16)
+    assert gated_product(half, half).dtype == jnp.bfloat16
 
 
 def test_leading_axes_and_dtypes() -> None:
@@ -130,5 +141,10 @@ def test_bad_input() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             call(*operands, **options)
+    product: Any = gated_product
+    with pytest.raises(ValueError, match=r"gate \(2, 4\), up \(2, 2\); expected equal shapes"):
+        product(x, x[:, :2])
+    with pytest.raises(ValueError, match="activation='swish'; expected one of"):
+        product(x, x, activation="swish")
     with pytest.raises(TypeError, match="x has dtype int32"):
         call(jnp.ones((2, 4), jnp.int32), w, w)

@@ -18,12 +18,16 @@ from dovetail_models import (
     Llama,
     Mistral,
     MistralConfig,
+    Mixtral,
+    MixtralConfig,
     Olmo2,
     Olmo2Config,
     Qwen2,
     Qwen2Config,
     Qwen3,
     Qwen3Config,
+    Qwen3Moe,
+    Qwen3MoeConfig,
     SmolLM3,
     SmolLM3Config,
     config_from_hf,
@@ -46,9 +50,16 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "smollm3": (SmolLM3, SmolLM3Config(**SIZES, rotated=(False, True), windows=(None, 4), mlp_bias=True)),
     "mistral": (Mistral, MistralConfig(**SIZES, window=3)),
     "qwen2": (Qwen2, Qwen2Config(**SIZES, windows=(None, 2), tied=True)),
+    "mixtral": (Mixtral, MixtralConfig(**SIZES, experts=4, window=3, balanced=True)),
     "qwen3": (Qwen3, Qwen3Config(**SIZES, head_dim=6, attention_bias=True, rope_scaling=YarnScaling(2.0, 16))),
+    "qwen3_moe": (
+        Qwen3Moe,
+        Qwen3MoeConfig(**SIZES, head_dim=6, expert_hidden=6, experts=4, top_k=3, sparse_step=2, window=4),
+    ),
 }
-WEIGHTS = ["embedding", "layers/*/attention/{query,key,value,out}", "layers/*/mlp/{gate,up,down}"]
+ATTENTION, DENSE = ["layers/*/attention/{query,key,value,out}"], ["layers/*/mlp/{gate,up,down}"]
+SPARSE = ["layers/*/mlp/experts/{gate,up,down}", "layers/*/mlp/router/weight"]
+WEIGHTS = {"mixtral": [*ATTENTION, *SPARSE], "qwen3_moe": [*ATTENTION, *DENSE, *SPARSE]}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -57,7 +68,8 @@ def test_conformance(name: str) -> None:
     build, config = MODELS[name]
     model = build(config, rngs=nnx.Rngs(0))
     definition, params = split(model)
-    chosen = paths.select(params, WEIGHTS + ([] if config.tied else ["head"]))
+    weights = ["embedding", *WEIGHTS.get(name, [*ATTENTION, *DENSE])]
+    chosen = paths.select(params, weights + ([] if config.tied else ["head"]))
     leaves = paths.flatten(params)
     assert isinstance(model, LanguageModel)
     check_language_model(
@@ -81,6 +93,7 @@ def test_caches_follow_the_windows() -> None:
         MistralConfig(**SIZES),
         Qwen2Config(**SIZES, windows=(5, None)),
         Qwen3Config(**SIZES, head_dim=2),
+        Qwen3MoeConfig(**SIZES, expert_hidden=6, experts=4, top_k=4, dense_layers=(1,), renormalize=True),
     ],
     ids=str,
 )
@@ -100,6 +113,9 @@ def test_there_and_back(config: Any) -> None:
         ("qwen3", {}, {"head_dim": 128, "windows": None}),
         ("gemma2", {}, {"head_dim": 256, "windows": (4096, None), "attention_softcap": 50.0, "final_softcap": 30.0}),
         ("gemma2", {"final_logit_softcapping": None, "sliding_window": None}, {"final_softcap": None, "windows": None}),
+        ("mixtral", {}, {"experts": 8, "top_k": 2, "window": None, "rope_theta": 1e6, "balanced": False}),
+        ("qwen3_moe", {}, {"experts": 128, "top_k": 8, "renormalize": False, "expert_hidden": 768, "kv_heads": 4}),
+        ("qwen3_moe", {"num_local_experts": 9, "use_sliding_window": True}, {"experts": 9, "window": 4096}),
         ("olmo2", {}, {"norm_eps": 1e-5, "rope_theta": 10000.0}),
         ("smollm3", {}, {"rotated": (True, True), "rope_theta": 2000000.0, "tied": True}),
         ("smollm3", {"no_rope_layer_interval": 2}, {"rotated": (True, False)}),
@@ -126,6 +142,14 @@ def test_what_is_absent_is_as_in_transformers(config: str, changes: dict[str, An
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers=.*for each of 2 layers"),
         ("gemma2", {"final_logit_softcapping": 0.0}, "final_softcap=0.0"),
         ("gemma2", {"use_bidirectional_attention": True}, "only False is supported"),
+        ("mixtral", {"num_local_experts": 1}, "top_k=2; expected between 1 and the 1 experts"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1; only 0.0"),
+        ("mixtral", {"router_aux_loss_coef": -1.0}, "balance_coef=-1.0"),
+        ("mixtral", {"sliding_window": 0}, "window=0; expected at least 1"),
+        ("qwen3_moe", {"num_experts": 8, "num_local_experts": 9}, "'num_local_experts': 9}; expected one number"),
+        ("qwen3_moe", {"mlp_only_layers": [0.5]}, r"mlp_only_layers=\[0.5\]; expected a list of indices"),
+        ("qwen3_moe", {"decoder_sparse_step": 0}, "sparse_step=0"),
+        ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 0}, "window=0"),
         ("gptj", {}, "model_type='gptj'; expected one of"),
     ],
 )

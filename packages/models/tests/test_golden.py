@@ -12,6 +12,8 @@ import pytest
 
 from dovetail_kernels import LinearScaling, Llama3Scaling, YarnScaling
 from dovetail_models import FAMILIES, from_pretrained, merge, save_pretrained, split, weight_map
+from dovetail_models.layers import GatedMLP
+from dovetail_models.moe import SparseMLP
 from dovetail_protocols import WindowCache
 from dovetail_weights import open_directory, save
 
@@ -30,11 +32,15 @@ def features_of(model: Any, folder: Path) -> set[str]:
     heads = {config.heads: "full heads", 1: "one key-value head"}.get(config.groups, "grouped heads")
     raw = json.loads((folder / "config.json").read_text())
     found = {"tied" if config.tied else "untied", heads, f"rope {kinds[type(config.rope_scaling)]}"}
+    sparse = [layer.mlp for layer in model.layers if isinstance(layer.mlp, SparseMLP)]
     windows = [isinstance(spec, WindowCache) for spec in model.cache_specs()]
     optional = {
         "attention bias": attention.bias,
         "no output bias": attention.bias and not attention.has_out_bias,
-        "mlp bias": model.layers[0].mlp.bias,
+        "mlp bias": any(layer.mlp.bias for layer in model.layers if isinstance(layer.mlp, GatedMLP)),
+        "experts": bool(sparse),
+        "experts in some layers": 0 < len(sparse) < config.layers,
+        "normalised weights of experts": any(mlp.router.select.renormalize for mlp in sparse),
         "norms before": model.layers[0].before,
         "norms after": model.layers[0].after,
         "norms of each head": attention.normed and attention.query_norm.weight.ndim == 1,
@@ -67,6 +73,7 @@ def test_matrix_covers_the_families() -> None:
     assert covered >= {"attention bias", "no output bias", "mlp bias", "norms of each head", "norms of all heads"}
     assert covered >= {"window", "window in some layers", "norms before", "norms after", "soft caps"}
     assert covered >= {"layers without positions"}
+    assert covered >= {"experts", "experts in some layers", "normalised weights of experts"}
     assert {case["family"] for case in MATRIX.values()} == set(FAMILIES.values())
 
 

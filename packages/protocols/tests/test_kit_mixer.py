@@ -77,6 +77,18 @@ class MutantMixer(ReferenceMixer):
             return out.reshape(*self.segment_ids.shape, -1), self
         return out, (self, jnp.zeros(())) if fault == "state in the mixer" else self
 
+    def totals(self, values):
+        rows = super().totals(values)
+        if self.fault == "totals of rows":
+            return values.reshape(*self.segment_ids.shape, -1).sum(1)
+        if self.fault == "totals with padding":
+            return MutantMixer(self.segment_ids + 1).totals(values)
+        if self.fault == "totals of one row only":
+            return rows[: self.segment_ids.shape[1]]
+        if self.fault == "totals batch-major":
+            return rows.reshape(*self.segment_ids.shape, -1)
+        return rows
+
 
 FAULTS = [
     "ignores segments",
@@ -92,6 +104,10 @@ FAULTS = [
     "half precision",
     "batch-major output",
     "another structure",
+    "totals of rows",
+    "totals with padding",
+    "totals of one row only",
+    "totals batch-major",
 ]
 
 RECUR_FAULTS = [

@@ -25,6 +25,10 @@ _HIDDEN = -1e30  # finite: a row that sees nothing must not become NaN
 
 
 class _Mixer:
+    def totals(self, values: Float[Array, "tokens values"]) -> Float[Array, "sequences values"]:
+        """Return no rows: whoever serves wants no losses. See `dovetail_protocols.Mixer.totals`."""
+        return values[:0]
+
     def attend_latent(self, *_: Any, **__: Any) -> Any:
         """Not offered.
 

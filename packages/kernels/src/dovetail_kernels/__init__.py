@@ -1,7 +1,7 @@
 """Operations for models in JAX: one function per operation, the same numbers everywhere."""
 
 from dovetail_kernels._dropout import Dropout
-from dovetail_kernels.activations import Activation, gated_linear_unit
+from dovetail_kernels.activations import Activation, Clamped, gated_linear_unit, gated_product
 from dovetail_kernels.attention import Attended, attention, merge
 from dovetail_kernels.context_parallel import ring_attention, ulysses_attention
 from dovetail_kernels.contrastive import contrastive_loss
@@ -52,6 +52,7 @@ __all__ = [
     "Activation",
     "Attended",
     "Call",
+    "Clamped",
     "Configured",
     "ConvActivation",
     "CrossEntropyOptions",
@@ -102,6 +103,7 @@ __all__ = [
     "gated_delta_rule",
     "gated_delta_step",
     "gated_linear_unit",
+    "gated_product",
     "gather_pages",
     "group_norm",
     "layer_norm",

@@ -5,6 +5,7 @@ tokens, 1024 features and 2816 hidden ones (float32) takes the time of its produ
 products with gradients. Another form could only make the products faster.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any, Literal, TypeAlias
@@ -18,13 +19,32 @@ from dovetail_kernels.operation import Implementation, Operation, Wanted
 from dovetail_kernels.seam import einsum
 from dovetail_protocols import QuantizedArray
 
-__all__ = ["GATED_LINEAR_UNIT", "Activation", "gated_linear_unit"]
+__all__ = ["GATED_LINEAR_UNIT", "Activation", "Clamped", "gated_linear_unit", "gated_product"]
 
-Activation: TypeAlias = Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "identity", "clamped"]
-"""What is applied to the gate; "gelu" is the exact one. "clamped" is the unit of gpt-oss: with the gate at most 7 and
-the other factor within 7, ``gate * sigmoid(1.702 gate) * (up + 1)``."""
 
-_ALPHA, _LIMIT = 1.702, 7.0
+@dataclasses.dataclass(frozen=True)
+class Clamped:
+    """The unit of gpt-oss: ``gate * sigmoid(alpha * gate) * (up + 1)`` of clamped factors.
+
+    Attributes:
+        alpha: slope of the sigmoid.
+        limit: the gate is at most that, the other factor within it.
+    """
+
+    alpha: float = 1.702
+    limit: float = 7.0
+
+    def __call__(self, gate: jax.Array, up: jax.Array) -> jax.Array:
+        """Return the product."""
+        gate = jnp.minimum(gate, self.limit)
+        return gate * jax.nn.sigmoid(self.alpha * gate) * (jnp.clip(up, -self.limit, self.limit) + 1)
+
+
+Activation: TypeAlias = (
+    Literal["silu", "gelu", "gelu_tanh", "relu", "relu2", "sigmoid", "identity", "clamped"] | Clamped
+)
+"""What is applied to the gate; "gelu" is the exact one. "clamped" is `Clamped` with gpt-oss' numbers."""
+
 _FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu": functools.partial(jax.nn.gelu, approximate=False),
@@ -77,11 +97,37 @@ def gated_linear_unit(
     return out.reshape(*tokens, out.shape[-1])
 
 
-def _check(x: Any, gate: Any, up: Any, activation: str, gate_bias: Any, up_bias: Any) -> None:
+def gated_product(
+    gate: Float[Array, "*tokens hidden"], up: Float[Array, "*tokens hidden"], *, activation: Activation = "silu"
+) -> Float[Array, "*tokens hidden"]:
+    """Return ``activation(gate) * up`` of factors that are there already, as those of experts.
+
+    It is computed in float32 (float64 for float64); the result has the dtype of `gate`.
+
+    Raises:
+        ValueError: an unknown activation, or factors of different shapes.
+
+    >>> gated_product(jnp.array([2.0, -1.0]), jnp.array([3.0, 5.0]), activation="relu")
+    Array([6., 0.], dtype=float32)
+    """
+    _check_activation(activation)
+    if gate.shape != up.shape:
+        raise ValueError(f"gate {gate.shape}, up {up.shape}; expected equal shapes")
+    wide = exact(gate.dtype)
+    a, b = gate.astype(wide), up.astype(wide)
+    unit = Clamped() if activation == "clamped" else activation
+    return (unit(a, b) if isinstance(unit, Clamped) else _FUNCTIONS[unit](a) * b).astype(gate.dtype)
+
+
+def _check_activation(activation: Any) -> None:
+    if not isinstance(activation, Clamped) and activation != "clamped" and activation not in _FUNCTIONS:
+        raise ValueError(f"activation={activation!r}; expected one of {[*_FUNCTIONS, 'clamped']} or Clamped")
+
+
+def _check(x: Any, gate: Any, up: Any, activation: Activation, gate_bias: Any, up_bias: Any) -> None:
     if not jnp.issubdtype(x.dtype, jnp.floating):
         raise TypeError(f"x has dtype {x.dtype}; expected a float")
-    if activation != "clamped" and activation not in _FUNCTIONS:
-        raise ValueError(f"activation={activation!r}; expected one of {[*_FUNCTIONS, 'clamped']}")
+    _check_activation(activation)
     if not x.ndim:
         raise ValueError("x has shape (); expected [*tokens, features]")
     features, hidden = x.shape[-1], gate.shape[-1] if gate.ndim else 0
@@ -98,20 +144,13 @@ def _check(x: Any, gate: Any, up: Any, activation: str, gate_bias: Any, up_bias:
 
 
 def _reference(
-    *, x: jax.Array, gate: Any, up: Any, activation: str, gate_bias: jax.Array | None, up_bias: jax.Array | None
+    *, x: jax.Array, gate: Any, up: Any, activation: Activation, gate_bias: jax.Array | None, up_bias: jax.Array | None
 ) -> jax.Array:
     if up is None:
         a, b = _both(x, gate, gate_bias)
     else:
         a, b = _plus(einsum("td,df->tf", x, gate), gate_bias), _plus(einsum("td,df->tf", x, up), up_bias)
-    wide = exact(x.dtype)
-    a, b = a.astype(wide), b.astype(wide)
-    if activation == "clamped":
-        a = jnp.minimum(a, _LIMIT)
-        out = a * jax.nn.sigmoid(_ALPHA * a) * (jnp.clip(b, -_LIMIT, _LIMIT) + 1)
-    else:
-        out = _FUNCTIONS[activation](a) * b
-    return out.astype(x.dtype)
+    return gated_product(a, b, activation=activation)
 
 
 def _both(x: jax.Array, weight: Any, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:

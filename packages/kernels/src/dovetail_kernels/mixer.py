@@ -95,6 +95,23 @@ class DenseMixer:
         """
         raise NotImplementedError("DenseMixer.attend_latent: latent attention is not offered by this mixer yet")
 
+    def totals(self, values: Float[Array, "tokens values"]) -> Float[Array, "sequences values"]:
+        """Return the sums over the tokens of each sequence, see `dovetail_protocols.Mixer.totals`.
+
+        The tokens of a segment stand together. With segments there are ``batch * time`` rows, else `batch`.
+        """
+        rows = values.reshape(self.batch, self.time, -1)
+        if self.segment_ids is None:
+            return jnp.sum(rows, axis=1)
+        ids = self.segment_ids
+        changes = jnp.pad(ids[:, 1:] != ids[:, :-1], ((0, 0), (1, 0)))
+        place = jnp.cumsum(changes, axis=1, dtype=jnp.int32)
+
+        def sums(x: jax.Array, place: jax.Array, ids: jax.Array) -> jax.Array:
+            return jnp.zeros_like(x).at[place].add(jnp.where((ids != 0)[:, None], x, jnp.zeros((), x.dtype)))
+
+        return jax.vmap(sums)(rows, place, ids).reshape(values.shape)
+
     def recur(
         self, layer: int, recurrence: Any, inputs: tuple[Float[Array, "tokens ..."], ...]
     ) -> tuple[Float[Array, "tokens ..."], "DenseMixer"]:

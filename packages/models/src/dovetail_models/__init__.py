@@ -8,9 +8,11 @@ from dovetail_models.hf_fields import ConfigError
 from dovetail_models.huggingface import config_from_hf, config_to_hf, from_pretrained, save_pretrained, weight_map
 from dovetail_models.llama import Llama, LlamaConfig
 from dovetail_models.mistral import Mistral, MistralConfig
+from dovetail_models.mixtral import Mixtral, MixtralConfig
 from dovetail_models.olmo2 import Olmo2, Olmo2Config
 from dovetail_models.qwen2 import Qwen2, Qwen2Config
 from dovetail_models.qwen3 import Qwen3, Qwen3Config
+from dovetail_models.qwen3_moe import Qwen3Moe, Qwen3MoeConfig
 from dovetail_models.smollm3 import SmolLM3, SmolLM3Config
 from dovetail_models.state import abstract, init, logical_axes, merge, placements, split
 
@@ -28,12 +30,16 @@ __all__ = [
     "LlamaConfig",
     "Mistral",
     "MistralConfig",
+    "Mixtral",
+    "MixtralConfig",
     "Olmo2",
     "Olmo2Config",
     "Qwen2",
     "Qwen2Config",
     "Qwen3",
     "Qwen3Config",
+    "Qwen3Moe",
+    "Qwen3MoeConfig",
     "SmolLM3",
     "SmolLM3Config",
     "abstract",

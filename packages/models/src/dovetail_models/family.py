@@ -15,9 +15,11 @@ FAMILIES = {
     "LlamaForCausalLM": "llama",
     "Gemma2ForCausalLM": "gemma2",
     "MistralForCausalLM": "mistral",
+    "MixtralForCausalLM": "mixtral",
     "Olmo2ForCausalLM": "olmo2",
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
+    "Qwen3MoeForCausalLM": "qwen3_moe",
     "SmolLM3ForCausalLM": "smollm3",
 }
 """The module of each architecture; it defines ``FAMILY``."""

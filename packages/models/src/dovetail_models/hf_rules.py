@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, Literal
 
-from dovetail_weights import Reshape, Rule, Transpose
+from dovetail_weights import Reshape, Rule, Stack, Transpose
 
-__all__ = ["decoder_rules"]
+__all__ = ["decoder_rules", "expert_rules"]
 
 OURS, THEIRS = "layers/{i}", "model.layers.{i}"
 
@@ -60,3 +60,29 @@ def _mlp() -> list[Rule]:
     names = ("gate", "up", "down")
     weights = [Rule(f"{ours}/{name}", f"{theirs}.{name}_proj.weight", (Transpose(),)) for name in names]
     return weights + [Rule(f"{ours}/{name}_bias", f"{theirs}.{name}_proj.bias") for name in names]
+
+
+PROJECTIONS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
+
+
+def expert_rules(
+    experts: int, *, theirs: str = f"{THEIRS}.mlp", names: Mapping[str, str] = MappingProxyType(PROJECTIONS)
+) -> list[Rule]:
+    """Return the rules of the router and of experts that are stored one by one.
+
+    Args:
+        experts: how many.
+        theirs: the module that holds them.
+        names: their names for the products of an expert.
+    """
+    ours = f"{OURS}/mlp"
+    weights = [
+        Rule(
+            f"{ours}/experts/{name}",
+            f"{theirs}.experts.{{e}}.{name_there}.weight",
+            (Transpose(), Stack(experts)),
+            over={"e": experts},
+        )
+        for name, name_there in names.items()
+    ]
+    return [Rule(f"{ours}/router/weight", f"{theirs}.gate.weight", (Transpose(),)), *weights]

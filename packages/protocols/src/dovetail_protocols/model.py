@@ -156,6 +156,14 @@ class Mixer(Protocol):
         """
         ...
 
+    def totals(self, values: Float[Array, "tokens values"]) -> Float[Array, "sequences values"]:
+        """Return the sums of values over the tokens of each sequence, for auxiliary losses that are per sequence.
+
+        Padding counts nowhere. There may be more rows than sequences; those are 0. A serving mixer, whose sequences
+        are spread over many calls and which nobody asks for losses, returns no rows.
+        """
+        ...
+
     def recur(
         self, layer: int, recurrence: Recurrence, inputs: tuple[Float[Array, "tokens ..."], ...]
     ) -> tuple[Float[Array, "tokens ..."], "Mixer"]:

@@ -58,10 +58,28 @@ def check_mixer(
     for case in cases:
         _check_case(make_mixer, case, tolerance)
     mixer = make_mixer(jnp.ones((1, 2), jnp.int32))
-    for name in ("attend", "attend_latent", "recur"):
-        rule = "Mixer: it has attend, attend_latent and recur; one that it does not offer raises NotImplementedError"
+    for name in ("attend", "attend_latent", "recur", "totals"):
+        rule = (
+            "Mixer: it has attend, attend_latent, recur and totals; what it does not offer raises NotImplementedError"
+        )
         require(callable(getattr(mixer, name, None)), rule, missing=name)
     check_recur(make_mixer, tolerance)
+    for full in (True, False):
+        _check_totals(make_mixer, _segments(MixerCase(full=full)))
+
+
+def _check_totals(make_mixer: Callable[[Any], Any], segments: np.ndarray) -> None:
+    values = np.random.default_rng(3).standard_normal((segments.size, 3)).astype(np.float32)
+    got = np.asarray(jax.jit(make_mixer(jnp.asarray(segments)).totals)(jnp.asarray(values)), np.float64)
+    require(got.ndim == 2 and got.shape[1] == 3, "Mixer: totals are [sequences, values]", shape=got.shape)
+    rows = values.astype(np.float64).reshape(*segments.shape, -1)
+    pairs = [(row, key) for row in range(len(segments)) for key in np.unique(segments[row]) if key]
+    expected = np.array([rows[row][segments[row] == key].sum(0) for row, key in pairs])
+    found = got[np.any(got != 0, axis=1)]
+    rule = "Mixer: totals has the sums over the tokens of each sequence without padding, and rows of 0"
+    require(len(found) == len(expected), rule, sequences=len(expected), rows=len(found))
+    error = close_to(found[np.argsort(found[:, 0])], expected[np.argsort(expected[:, 0])], 1e-5)
+    require(error is None, rule, segments=segments.tolist(), error=error)
 
 
 def _segments(case: MixerCase) -> np.ndarray:

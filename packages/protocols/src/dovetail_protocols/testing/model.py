@@ -148,6 +148,9 @@ class _Recorder:
         out, inner = self.inner.recur(layer, recurrence, inputs)
         return out, _Recorder(inner, self.calls)
 
+    def totals(self, values: Any) -> Any:
+        return self.inner.totals(values)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Identity:

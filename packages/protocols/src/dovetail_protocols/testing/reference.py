@@ -126,6 +126,16 @@ class ReferenceMixer:
         """Not offered."""
         raise NotImplementedError("ReferenceMixer does not offer attend_latent; use another mixer")
 
+    def totals(self, values: Float[Array, "tokens values"]) -> Float[Array, "sequences values"]:
+        """Return the sums over each segment, see `Mixer.totals`; a row for every token that might begin one."""
+        batch, time = self.segment_ids.shape
+        first = jnp.argmax(self.segment_ids[:, :, None] == self.segment_ids[:, None, :], axis=2)
+        mine = (first[:, None, :] == jnp.arange(time)[None, :, None]) & (self.segment_ids != 0)[:, None, :]
+        sums = jnp.einsum(
+            "bst,btv->bsv", mine.astype(values.dtype), values.reshape(batch, time, -1), precision="highest"
+        )
+        return sums.reshape(batch * time, -1)
+
     def recur(
         self,
         layer: int,  # noqa: ARG002 - as above
