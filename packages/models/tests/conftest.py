@@ -9,6 +9,7 @@ import pytest
 
 with jaxtyping.install_import_hook(("dovetail_models", "dovetail_kernels"), "beartype.beartype"):
     import dovetail_models
+    import dovetail_models._public
 
 import jax
 import jax.numpy as jnp

@@ -1,56 +1,20 @@
-"""Model families as plain flax NNX modules on one injected-mixer contract."""
+"""Model families as plain flax NNX modules on one injected-mixer contract.
 
-from dovetail_models.decoder import Decoder, DecoderConfig
-from dovetail_models.family import FAMILIES, Family
-from dovetail_models.gemma2 import Gemma2, Gemma2Config
-from dovetail_models.hf_config import ConfigMap, Fields
-from dovetail_models.hf_fields import ConfigError
-from dovetail_models.huggingface import config_from_hf, config_to_hf, from_pretrained, save_pretrained, weight_map
-from dovetail_models.llama import Llama, LlamaConfig
-from dovetail_models.mistral import Mistral, MistralConfig
-from dovetail_models.mixtral import Mixtral, MixtralConfig
-from dovetail_models.olmo2 import Olmo2, Olmo2Config
-from dovetail_models.qwen2 import Qwen2, Qwen2Config
-from dovetail_models.qwen3 import Qwen3, Qwen3Config
-from dovetail_models.qwen3_moe import Qwen3Moe, Qwen3MoeConfig
-from dovetail_models.smollm3 import SmolLM3, SmolLM3Config
-from dovetail_models.state import abstract, init, logical_axes, merge, placements, split
+Importing this package loads neither jax nor flax, so that its commands can be listed quickly; using a name does.
+"""
 
-__all__ = [
-    "FAMILIES",
-    "ConfigError",
-    "ConfigMap",
-    "Decoder",
-    "DecoderConfig",
-    "Family",
-    "Fields",
-    "Gemma2",
-    "Gemma2Config",
-    "Llama",
-    "LlamaConfig",
-    "Mistral",
-    "MistralConfig",
-    "Mixtral",
-    "MixtralConfig",
-    "Olmo2",
-    "Olmo2Config",
-    "Qwen2",
-    "Qwen2Config",
-    "Qwen3",
-    "Qwen3Config",
-    "Qwen3Moe",
-    "Qwen3MoeConfig",
-    "SmolLM3",
-    "SmolLM3Config",
-    "abstract",
-    "config_from_hf",
-    "config_to_hf",
-    "from_pretrained",
-    "init",
-    "logical_axes",
-    "merge",
-    "placements",
-    "save_pretrained",
-    "split",
-    "weight_map",
-]
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ._public import *  # noqa: F403
+    from ._public import __all__ as __all__
+else:
+
+    def __getattr__(name: str) -> Any:
+        if name != "__all__" and name.startswith("_"):
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return getattr(importlib.import_module("dovetail_models._public"), name)
+
+    def __dir__() -> list[str]:
+        return [*globals(), *importlib.import_module("dovetail_models._public").__all__]
