@@ -60,23 +60,24 @@ def test_blocks_that_nobody_sees_are_not_computed(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(
-    ("mask", "side"),
+    ("mask", "heads", "rows", "chunk"),
     [
-        (None, 128),
-        (causal(), 128),
-        (causal() & window(64), 64),
-        (causal() & window(192), 96),
-        (causal() & window(256), 128),
-        (segments(jnp.zeros((1, 1024), jnp.int32)), 128),
+        (None, 1, 128, 128),
+        (causal(), 1, 128, 128),
+        (causal() & window(64), 1, 128, 192),
+        (causal() & window(192), 4, 128, 320),
+        (causal() & window(256), 32, 64, 160),
+        (causal() & window(800), 1, 128, 128),
+        (segments(jnp.zeros((1, 1024), jnp.int32)), 1, 128, 128),
     ],
     ids=str,
 )
-def test_tiles_fit_a_window(mask: Mask | None, side: int) -> None:
-    """A window of 192 in tiles of 128 computes a third more than it needs."""
-    x = jax.ShapeDtypeStruct((1, 1024, 1, 8), jnp.float32)
+def test_tiles_fit_a_window(mask: Mask | None, heads: int, rows: int, chunk: int) -> None:
+    """A window in tiles that are not as wide as it is computes a third more than it needs."""
+    x = jax.ShapeDtypeStruct((1, 1024, heads, 8), jnp.float32)
 
     def tiles(implementation: Any) -> str:
         return jax.jit(functools.partial(loss, mask, implementation)).lower(x, x, x).as_text()
 
-    assert tiles("blocked") == tiles(configured("blocked", rows=side, chunk=side))
-    assert tiles("blocked") != tiles(configured("blocked", rows=32, chunk=side))
+    assert tiles("blocked") == tiles(configured("blocked", rows=rows, chunk=chunk))
+    assert tiles("blocked") != tiles(configured("blocked", rows=32, chunk=chunk))

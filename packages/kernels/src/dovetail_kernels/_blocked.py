@@ -23,7 +23,8 @@ from dovetail_kernels.operation import Call
 __all__ = ["attention", "configs"]
 
 SIDE = 128
-NARROW = (96, 64)
+TILE = 1 << 18  # logits of a window's tile that stay in a CPU's cache
+LANES = 16
 
 
 class Blocks(NamedTuple):
@@ -100,7 +101,7 @@ def attention(
     """See `dovetail_kernels.attention`; shapes are checked there.
 
     A configuration is the number of query rows and of keys of a tile; by default few rows go with many keys, and a
-    window has tiles that fit it.
+    window has tiles as wide as it.
     """
     batch, time, heads, _ = query.shape
     source, kv_heads = key.shape[1:3]
@@ -109,29 +110,32 @@ def attention(
     operands = Operands(q, key.transpose(0, 2, 1, 3), value.transpose(0, 2, 1, 3), bias, sinks)
     static = [x if isinstance(x, int) else None for x in (query_offset, key_offset)]
     traced = [None if isinstance(x, int) else x for x in (query_offset, key_offset)]
-    side = _side(mask, time, source, query_offset, key_offset) if rows is None else SIDE
-    rows = min(rows or side, time)
-    how = How(scale, softcap, rows, min(chunk or max(side, side * side // rows), source), *static)
+    if rows is None:
+        fitted = _fitted(mask, batch * heads, time, source, (query_offset, key_offset))
+        rows, chunk = fitted[0], chunk or fitted[1]
+    rows = min(rows, time)
+    how = How(scale, softcap, rows, min(chunk or max(SIDE, SIDE * SIDE // rows), source), *static)
     leaves, tree = jax.tree.flatten((operands, Where(mask, dropout, *traced)))
     out, lse = _attend(how, *jax.tree.unflatten(tree, alike(*leaves)))
     out = out.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads, -1)
     return out, lse.transpose(0, 3, 1, 2, 4).reshape(batch, time, heads) if return_lse else None
 
 
-def _side(mask: Mask | None, time: int, source: int, query_offset: Any, key_offset: Any) -> int:
-    """Return the side of the tiles that make least work per row, by a few blocks of rows.
-
-    Besides its keys a tile costs a row as much as `SIDE` keys more, as measured for windows of 64 to 512.
-    """
+def _fitted(mask: Mask | None, heads: int, time: int, source: int, offsets: tuple[Any, Any]) -> tuple[int, int | None]:
+    """Return the rows and keys of tiles: a window is one tile per block, or a few, where that is less than all keys."""
     if mask is None or time < SIDE:
-        return SIDE
+        return SIDE, None
 
-    def work(side: int) -> float:
-        starts = [side * round(i) for i in np.linspace(0, time // side - 1, 9).tolist()]
-        spans = [mask.span(Tile(start, side, 0, source, query_offset, key_offset)) for start in starts]
-        return float(np.mean([-(-high // side) - low // side for low, high in spans])) * (side + SIDE)
+    def width(rows: int) -> int:
+        starts = [rows * round(i) for i in np.linspace(0, time // rows - 1, 9).tolist()]
+        spans = [mask.span(Tile(start, rows, 0, source, *offsets)) for start in starts]
+        return max(high - low for low, high in spans)
 
-    return min((SIDE, *NARROW), key=work)
+    if width(SIDE) > source * 3 // 4:
+        return SIDE, None
+    rows = next((rows for rows in (SIDE, SIDE // 2) if heads * rows * width(rows) <= TILE), SIDE // 2)
+    parts = max(1, min(heads * rows * width(rows) // TILE, width(rows) // SIDE))
+    return rows, -(-width(rows) // (parts * LANES)) * LANES
 
 
 @jax.tree_util.register_dataclass
@@ -340,9 +344,8 @@ def _over_blocks(job: Job, blocks: Blocks, block: Callable[..., Any], carry: Any
     The scope tells who counts operations how often the loops over keys run on average, as the mask's form goes.
     """
     starts = [blocks.start + b * blocks.rows for b in range(blocks.number)]
-    keys = [job.span(start, blocks.rows) for start in starts]
-    chunk = job.how.chunk
-    trips = sum(-(-high // chunk) - low // chunk for low, high in keys) / len(keys)
+    keys = [_whole(*job.span(start, blocks.rows), job.how.chunk, job.operands.k.shape[2]) for start in starts]
+    trips = sum(-(-(high - low) // job.how.chunk) for low, high in keys) / len(keys)
 
     def body(carry: Any, at: Any) -> Any:
         return block(at[0], at[1], carry)
@@ -352,6 +355,12 @@ def _over_blocks(job: Job, blocks: Blocks, block: Callable[..., Any], carry: Any
             return block(starts[0], keys[0], carry)
         carry, rows = jax.lax.scan(body, carry, (np.array(starts, np.int32), tuple(np.array(keys, np.int32).T)))
     return carry, jax.tree.map(_join, rows)
+
+
+def _whole(low: int, high: int, chunk: int, source: int) -> tuple[int, int]:
+    """Return a range of keys that begins early enough for whole chunks, where there are as many keys."""
+    count = -(-(high - low) // chunk)
+    return max(0, min(low, source - count * chunk)), high
 
 
 def _over_keys(job: Job, at: tuple[Any, int], keys: tuple[Any, Any], see: Callable[..., Any], state: Any) -> Any:
@@ -367,7 +376,8 @@ def _over_keys(job: Job, at: tuple[Any, int], keys: tuple[Any, Any], see: Callab
     chunk, source = job.how.chunk, job.operands.k.shape[2]
     if chunk == source:
         return see(state, job.tile(*at, 0, source), None)
-    low, high = keys
+    base, high = keys
+    low = base
     found = None if job.where.mask is None else job.where.mask.bounds(job.tile(*at, 0, source))
     if found is not None:
         some = found[0] < found[1]
@@ -375,10 +385,10 @@ def _over_keys(job: Job, at: tuple[Any, int], keys: tuple[Any, Any], see: Callab
         high = jnp.minimum(high, jnp.max(jnp.where(some, found[1], 0)))
 
     def step(index: Any, state: Any) -> Any:
-        begin = index * chunk
+        begin = base + index * chunk
         return see(state, job.tile(*at, jnp.minimum(begin, source - chunk), chunk), begin)
 
-    return jax.lax.fori_loop(low // chunk, (high + chunk - 1) // chunk, step, state)
+    return jax.lax.fori_loop((low - base) // chunk, (high - base + chunk - 1) // chunk, step, state)
 
 
 def _join(blocks: jax.Array) -> jax.Array:
