@@ -45,3 +45,9 @@ def test_public_names() -> None:
     assert set(dovetail_models.__all__) <= set(dir(dovetail_models))
     with pytest.raises(AttributeError, match="no attribute 'nothing'"):
         _ = dovetail_models.nothing
+
+
+def test_modules_can_be_imported_first() -> None:
+    """A command imports a module before any public name was used."""
+    program = "from dovetail_models import hf_config; import dovetail_models.family"
+    subprocess.run([sys.executable, "-c", program], check=True, timeout=120)

@@ -70,6 +70,19 @@ def test_wrapping_does_not_change_the_forward_cost(wrap):
     assert cost(jax.vmap(wrap(f)), spec(3, D, D)).total == (3 * cost(f, W)).total
 
 
+def test_a_function_with_a_rule_for_vmap_is_walked():
+    """Experts are multiplied under such a rule."""
+
+    def f(w):
+        return layer(w, w)
+
+    ruled = jax.custom_batching.custom_vmap(f)
+    ruled.def_vmap(lambda size, batched, w: (jax.vmap(f)(w), True))
+    found = cost(ruled, W)
+    assert found.total == cost(f, W).total
+    assert not found.uncounted
+
+
 @pytest.mark.parametrize("f", [scanned, unrolled])
 def test_jit_changes_nothing_under_a_gradient_either(f):
     """Inside jit, jax removes dead forward work itself; outside it is still in the trace and must not count."""

@@ -1,6 +1,8 @@
 """The public names, which the package imports when the first one is asked for."""
 
+from dovetail_models.conversion import convert
 from dovetail_models.decoder import Decoder, DecoderConfig
+from dovetail_models.description import Description, ParameterGroup, describe
 from dovetail_models.family import FAMILIES, Family
 from dovetail_models.gemma2 import Gemma2, Gemma2Config
 from dovetail_models.hf_config import ConfigMap, Fields
@@ -22,6 +24,7 @@ __all__ = [
     "ConfigMap",
     "Decoder",
     "DecoderConfig",
+    "Description",
     "Family",
     "Fields",
     "Gemma2",
@@ -34,6 +37,7 @@ __all__ = [
     "MixtralConfig",
     "Olmo2",
     "Olmo2Config",
+    "ParameterGroup",
     "Qwen2",
     "Qwen2Config",
     "Qwen3",
@@ -45,6 +49,8 @@ __all__ = [
     "abstract",
     "config_from_hf",
     "config_to_hf",
+    "convert",
+    "describe",
     "from_pretrained",
     "init",
     "logical_axes",

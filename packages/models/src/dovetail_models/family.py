@@ -9,7 +9,7 @@ from dovetail_models.hf_config import ConfigMap
 from dovetail_models.hf_fields import ConfigError
 from dovetail_weights import WeightMap
 
-__all__ = ["FAMILIES", "Family", "family_of", "named_family"]
+__all__ = ["FAMILIES", "Family", "architecture_family", "family_of", "named_family"]
 
 FAMILIES = {
     "LlamaForCausalLM": "llama",
@@ -52,8 +52,8 @@ def named_family(values: Mapping[str, Any]) -> Family:
     if named is not None:
         if not isinstance(named, list) or len(named) != 1 or named[0] not in FAMILIES:
             raise ConfigError(f"architectures={named!r}; expected one of {list(FAMILIES)}")
-        return _load(named[0])
-    kinds = {family.config_map.model_type: family for family in map(_load, FAMILIES)}
+        return architecture_family(named[0])
+    kinds = {family.config_map.model_type: family for family in map(architecture_family, FAMILIES)}
     if kind not in kinds:
         raise ConfigError(f"model_type={kind!r}; expected one of {list(kinds)}")
     return kinds[kind]
@@ -68,9 +68,10 @@ def family_of(x: Any) -> Family:
     module = type(x).__module__
     for architecture, name in FAMILIES.items():
         if module == f"{__package__}.{name}":
-            return _load(architecture)
+            return architecture_family(architecture)
     raise TypeError(f"{type(x).__qualname__} of {module} is of no family of {__package__}; pass family=")
 
 
-def _load(architecture: str) -> Family:
+def architecture_family(architecture: str) -> Family:
+    """Return the family of one of the `FAMILIES`."""
     return importlib.import_module(f"{__package__}.{FAMILIES[architecture]}").FAMILY

@@ -9,18 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from dovetail_models.family import Family, family_of, named_family
-from dovetail_models.hf_fields import ConfigError
+from dovetail_models.hf_directory import open_pretrained, tokenizer_files
 from dovetail_models.state import merge, placements, split
 from dovetail_runtime import Rules
-from dovetail_weights import WeightMap, load, open_directory, save
+from dovetail_weights import WeightMap, load, save
 
 __all__ = ["config_from_hf", "config_to_hf", "from_pretrained", "save_pretrained", "weight_map"]
-
-TOKENIZER_FILES = ("tokenizer*", "*token*.json", "chat_template*", "vocab*", "merges.txt", "*.tiktoken", "spiece.model")
 
 
 def config_from_hf(values: Mapping[str, Any]) -> Any:
@@ -75,31 +72,12 @@ def from_pretrained(
     """
     if (mesh is None) != (rules is None):
         raise ValueError(f"mesh={mesh}, rules={rules}; expected both or neither")
-    folder = Path(path)
-    values = _read_config(folder / "config.json")
-    family = named_family(values) if family is None else family
-    config = family.config_map.read(values)
-    tensors = open_directory(folder)
-    if config.layers > len(tensors):
-        raise ConfigError(f"num_hidden_layers={config.layers}, but the checkpoint has only {len(tensors)} tensors")
-
-    module = nnx.eval_shape(lambda: family.model(config, rngs=nnx.Rngs(0), param_dtype=param_dtype, dtype=dtype))
+    opened = open_pretrained(path, family)
+    module = opened.module(param_dtype=param_dtype, dtype=dtype)
     definition, like = split(module)
     places = None if mesh is None or rules is None else placements(module, mesh, rules)
-    ignore = ["*.rotary_emb.inv_freq", *(["lm_head.weight"] if config.tied else [])]
-    return merge(definition, load(tensors, family.weight_map(config), like, shardings=places, ignore=ignore))
-
-
-def _read_config(path: Path) -> dict[str, Any]:
-    if not path.exists():
-        raise FileNotFoundError(f"{path} does not exist; expected a Hugging Face model directory")
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ConfigError(f"{path} is malformed: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds {type(values).__name__}; expected an object")
-    return values
+    table = opened.family.weight_map(opened.config)
+    return merge(definition, load(opened.tensors, table, like, shardings=places, ignore=opened.ignored))
 
 
 def save_pretrained(
@@ -136,7 +114,7 @@ def save_pretrained(
     name = str(np.dtype(jax.tree.leaves(params)[0].dtype))
     files: dict[str, str | bytes] = {}
     if tokenizer is not None:
-        files |= _tokenizer_files(Path(tokenizer))
+        files |= tokenizer_files(Path(tokenizer))
     files["config.json"] = _json(family.config_map.write(model.config, dtype=name, token_ids=ids))
     files["generation_config.json"] = _json(ids)
     return save(
@@ -147,13 +125,6 @@ def save_pretrained(
         max_shard_bytes=max_shard_bytes,
         overwrite=overwrite,
     )
-
-
-def _tokenizer_files(folder: Path) -> dict[str, bytes]:
-    found = sorted({file for pattern in TOKENIZER_FILES for file in folder.glob(pattern) if file.is_file()})
-    if not found:
-        raise FileNotFoundError(f"{folder} holds no tokenizer files; expected tokenizer.json or its like")
-    return {file.name: file.read_bytes() for file in found}
 
 
 def _json(values: Any) -> str:

@@ -25,6 +25,7 @@ _CALLS = [
     "custom_jvp_call",
     "custom_vjp_call",
     "custom_vjp_call_jaxpr",
+    "custom_vmap_call",
     "eval_jaxpr",
     "jit",
     "pjit",

@@ -4,7 +4,7 @@ from dovetail_weights.errors import WeightsError
 from dovetail_weights.lazy import Lazy
 from dovetail_weights.maps import Group, Rule, WeightMap
 from dovetail_weights.reading import Directory, SafetensorsFile, open_directory
-from dovetail_weights.transfer import load, save
+from dovetail_weights.transfer import check, load, save
 from dovetail_weights.transforms import Cast, Concat, Reshape, Split, Stack, Transform, Transpose, Unstack
 from dovetail_weights.writing import digest, write_directory
 
@@ -24,6 +24,7 @@ __all__ = [
     "Unstack",
     "WeightMap",
     "WeightsError",
+    "check",
     "digest",
     "load",
     "open_directory",

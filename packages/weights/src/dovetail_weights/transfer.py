@@ -15,7 +15,22 @@ from dovetail_weights.maps import Group, WeightMap
 from dovetail_weights.reading import Directory, open_directory
 from dovetail_weights.writing import write_directory
 
-__all__ = ["load", "save"]
+__all__ = ["check", "load", "save"]
+
+
+def check(
+    directory: str | pathlib.Path | Directory, weight_map: WeightMap, like: Any, *, ignore: Sequence[str] = ()
+) -> tuple[str, ...]:
+    """Return the names of the tensors that `load` would read, from the headers alone; arguments are those of `load`.
+
+    Raises:
+        WeightsError: as `load` would for missing, unexpected or misshapen tensors.
+        FileNotFoundError: there is no such directory or shard.
+    """
+    source, leaves = _opened(directory), paths.flatten(like)
+    groups = weight_map.groups(leaves)
+    _check(source, groups, {address: _target(address, leaf, None) for address, leaf in leaves.items()}, ignore)
+    return tuple(name for group in groups for name in group.names)
 
 
 def load(
@@ -45,7 +60,7 @@ def load(
             message lists all of them.
         FileNotFoundError: there is no such directory or shard.
     """
-    source = directory if isinstance(directory, Directory) else open_directory(directory)
+    source = _opened(directory)
     leaves = paths.flatten(like)
     targets = {address: _target(address, leaf, dtype) for address, leaf in leaves.items()}
     narrow = [a for a, t in targets.items() if jax.dtypes.canonicalize_dtype(t.dtype) != t.dtype]
@@ -87,6 +102,10 @@ def save(
         made = group.to_theirs([lazies[address] for address in group.addresses])
         tensors |= zip(group.names, made, strict=True)
     return write_directory(directory, tensors, **options)
+
+
+def _opened(directory: str | pathlib.Path | Directory) -> Directory:
+    return directory if isinstance(directory, Directory) else open_directory(directory)
 
 
 def _target(address: str, leaf: Any, dtype: Any) -> Lazy:

@@ -1,0 +1,170 @@
+"""What a model is made of and what it costs: parameters by group, memory, operations of a forward."""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from dovetail_kernels import DenseMixer
+from dovetail_models.family import family_of
+from dovetail_models.state import merge, split
+from dovetail_protocols import CacheSpec, FullCache, LatentCache, QuantizedArray, RecurrentCache, WindowCache, paths
+
+if TYPE_CHECKING:
+    from dovetail_profile import Cost
+
+__all__ = ["Description", "ParameterGroup", "describe"]
+
+MAX_LAYERS = 10_000
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterGroup:
+    """Parameters of one kind in all layers: how many numbers, and their bytes."""
+
+    parameters: int
+    bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Description:
+    """What a model is made of and what it costs.
+
+    Attributes:
+        config: sizes and options.
+        groups: the parameters by address, layers taken together: ``layers/*/attention``.
+        time: tokens of the row that `forward` is counted for.
+        forward: of one row, logits included; see `dovetail_profile.cost`.
+        cache_bytes_per_token: what the caches of all layers grow by with every token of a row.
+        cache_bytes_at_most: what the others, of windows and recurrent states, need per row however long it is.
+    """
+
+    config: Any
+    groups: Mapping[str, ParameterGroup]
+    time: int
+    forward: "Cost"
+    cache_bytes_per_token: int
+    cache_bytes_at_most: int
+
+    @property
+    def parameters(self) -> int:
+        """How many numbers the model learns; a quantized one counts once."""
+        return sum(group.parameters for group in self.groups.values())
+
+    @property
+    def bytes(self) -> int:
+        """Memory of all parameters."""
+        return sum(group.bytes for group in self.groups.values())
+
+    @property
+    def flops_per_token(self) -> float:
+        """Operations of a forward per token, in rows of `time` tokens."""
+        return self.forward.flops / self.time
+
+    def __str__(self) -> str:
+        """Return it as text for a terminal."""
+        width = max(map(len, self.groups))
+        rows = [f"  {name:<{width}}  {g.parameters:>16,}  {size(g.bytes):>9}" for name, g in self.groups.items()]
+        fields = [f"  {f.name}: {getattr(self.config, f.name)}" for f in dataclasses.fields(self.config)]
+        return "\n".join(
+            [
+                type(self.config).__name__,
+                *fields,
+                f"parameters: {self.parameters:,}, {size(self.bytes)}",
+                *rows,
+                f"forward of a row of {self.time} tokens: {self.forward.flops:.4g} flops, "
+                f"{self.flops_per_token:.4g} per token; {size(self.forward.io_bytes)} in and out",
+                f"cache: {size(self.cache_bytes_per_token)} per token, and at most {size(self.cache_bytes_at_most)} "
+                "per row for windows and states",
+            ]
+        )
+
+
+def describe(model: Any, *, time: int | None = None, param_dtype: Any = jnp.float32) -> Description:
+    """Describe a model, or the one that a configuration makes; nothing is computed or allocated.
+
+    Args:
+        model: a model, abstract (``nnx.eval_shape(build)``) or not, or a configuration of this package's families.
+        time: tokens of the row that the forward is counted for; None for the longest that the model is meant for, but
+            at most 2048.
+        param_dtype: dtype of the parameters, where a configuration is given.
+
+    Raises:
+        TypeError: a configuration is of none of this package's families.
+        ValueError: `time` is below 1, or the model has more than 10000 layers.
+
+    >>> from dovetail_models import LlamaConfig
+    >>> config = LlamaConfig(vocab_size=1000, features=64, hidden=160, layers=2, heads=4, tied=True)
+    >>> found = describe(config, time=128)
+    >>> found.parameters, found.cache_bytes_per_token
+    (158528, 1024)
+    """
+    config = getattr(model, "config", model)
+    if config.layers > MAX_LAYERS:
+        raise ValueError(f"layers={config.layers}; a description traces every layer, so expected at most {MAX_LAYERS}")
+    length: int = min(config.max_position, 2048) if time is None else time
+    if length < 1:
+        raise ValueError(f"time={time}; expected at least 1")
+    module: Any = model if isinstance(model, nnx.Module) else _abstract(config, param_dtype)
+    specs = module.cache_specs()
+    growing, fixed = (sum(_numbers(spec, one) for spec in specs) * module.dtype.itemsize for one in (True, False))
+    return Description(config, _groups(split(module)[1]), length, _forward(module, length), growing, fixed)
+
+
+def _abstract(config: Any, param_dtype: Any) -> Any:
+    build = family_of(config).model
+    return nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0), param_dtype=param_dtype))
+
+
+def _groups(params: Any) -> dict[str, ParameterGroup]:
+    found: dict[str, ParameterGroup] = {}
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, QuantizedArray))
+    for path, leaf in leaves:
+        parts = ["*" if part.isdigit() else part for part in paths.path_of(path).split("/")]
+        name = "/".join(parts[:-1] or parts)
+        have = found.get(name, ParameterGroup(0, 0))
+        held = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(leaf))
+        found[name] = ParameterGroup(have.parameters + math.prod(leaf.shape), have.bytes + held)
+    return found
+
+
+def _forward(model: Any, time: int) -> "Cost":
+    from dovetail_profile import cost
+
+    definition, params = split(model)
+
+    def run(params: Any, tokens: jax.Array) -> Any:
+        built = merge(definition, params)
+        positions = jnp.arange(time, dtype=jnp.int32)
+        hidden, aux, _ = built.hidden(tokens.reshape(-1), positions, DenseMixer.of(tokens))
+        return built.unembed(hidden), aux
+
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    return cost(run, shapes, jax.ShapeDtypeStruct((1, time), jnp.int32))
+
+
+def _numbers(spec: CacheSpec, growing: bool) -> int:
+    """Return how many numbers a layer keeps per token, or at most per row."""
+    match spec:
+        case FullCache(kv_heads, key_dim, value_dim):
+            return kv_heads * (key_dim + value_dim) if growing else 0
+        case LatentCache(latent_dim, rope_dim):
+            return latent_dim + rope_dim if growing else 0
+        case WindowCache(kv_heads, key_dim, value_dim, window):
+            return 0 if growing else window * kv_heads * (key_dim + value_dim)
+        case RecurrentCache(state):
+            return 0 if growing else sum(math.prod(shape) for _, shape in state)
+
+
+def size(n: int) -> str:
+    """Return bytes as text."""
+    value, unit = float(n), "B"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"

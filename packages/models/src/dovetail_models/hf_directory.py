@@ -1,0 +1,137 @@
+"""A Hugging Face directory: its configuration, the family that it names, the headers of its tensors, further files."""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+
+from dovetail_models.family import Family, named_family
+from dovetail_models.hf_fields import ConfigError
+from dovetail_models.state import split
+from dovetail_weights import Directory, check, open_directory
+
+__all__ = [
+    "TOKENIZER_FILES",
+    "Opened",
+    "files_like",
+    "noted_dtype",
+    "open_pretrained",
+    "read_config",
+    "tokenizer_files",
+]
+
+TOKENIZER_FILES = ("tokenizer*", "*token*.json", "chat_template*", "vocab*", "merges.txt", "*.tiktoken", "spiece.model")
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A directory of which configuration and headers were read.
+
+    Attributes:
+        path: the directory.
+        values: the parsed ``config.json``.
+        family: how to read it.
+        config: our configuration.
+        tensors: by their names.
+    """
+
+    path: Path
+    values: Mapping[str, Any]
+    family: Family
+    config: Any
+    tensors: Directory
+
+    def module(self, *, param_dtype: Any = jnp.float32, dtype: Any = None) -> Any:
+        """Return the model without values; see `from_pretrained`."""
+        return nnx.eval_shape(
+            lambda: self.family.model(self.config, rngs=nnx.Rngs(0), param_dtype=param_dtype, dtype=dtype)
+        )
+
+    @property
+    def ignored(self) -> list[str]:
+        """Names of tensors that a checkpoint may repeat or that are no parameters, as globs."""
+        return ["*.rotary_emb.inv_freq", *(["lm_head.weight"] if self.config.tied else [])]
+
+    def check(self) -> tuple[str, ...]:
+        """Return the names of the tensors that the model needs.
+
+        Raises:
+            dovetail_weights.WeightsError: tensors are missing, unexpected, or of another shape.
+        """
+        _, like = split(self.module())
+        return check(self.tensors, self.family.weight_map(self.config), like, ignore=self.ignored)
+
+
+def open_pretrained(path: str | os.PathLike[str], family: Family | None = None) -> Opened:
+    """Read the configuration and the headers of a directory.
+
+    Args:
+        path: the directory.
+        family: how to read it; None for the one that ``config.json`` names.
+
+    Raises:
+        ConfigError: the configuration is malformed or describes another model.
+        dovetail_weights.WeightsError: a file of tensors is damaged.
+        FileNotFoundError: there is no such directory or file.
+    """
+    folder = Path(path)
+    values = read_config(folder / "config.json")
+    family = named_family(values) if family is None else family
+    config = family.config_map.read(values)
+    tensors = open_directory(folder)
+    if config.layers > len(tensors):
+        raise ConfigError(f"num_hidden_layers={config.layers}, but the checkpoint has only {len(tensors)} tensors")
+    return Opened(folder, values, family, config, tensors)
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """Return a parsed ``config.json``.
+
+    Raises:
+        ConfigError: it holds no JSON object.
+        FileNotFoundError: it does not exist.
+    """
+    if not path.exists():
+        raise FileNotFoundError(f"{path} does not exist; expected a Hugging Face model directory")
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{path} is malformed: {error}") from error
+    if not isinstance(values, dict):
+        raise ConfigError(f"{path} holds {type(values).__name__}; expected an object")
+    return values
+
+
+def noted_dtype(values: Mapping[str, Any]) -> str:
+    """Return the dtype of the parameters that a ``config.json`` notes, float32 where it notes none.
+
+    Raises:
+        ConfigError: it is no floating-point dtype.
+    """
+    noted = values.get("dtype") or values.get("torch_dtype") or "float32"
+    if noted not in ("bfloat16", "float16", "float32", "float64"):
+        raise ConfigError(f"dtype={noted!r}; expected a floating-point dtype such as 'bfloat16'")
+    return noted
+
+
+def tokenizer_files(folder: Path) -> dict[str, bytes]:
+    """Return the tokenizer's files of a directory by name.
+
+    Raises:
+        FileNotFoundError: there are none.
+    """
+    found = files_like(folder, TOKENIZER_FILES)
+    if not found:
+        raise FileNotFoundError(f"{folder} holds no tokenizer files; expected tokenizer.json or its like")
+    return found
+
+
+def files_like(folder: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
+    """Return the files of a directory whose names match one of the patterns."""
+    found = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
+    return {file.name: file.read_bytes() for file in found}
