@@ -7,6 +7,7 @@ from dovetail_models.family import FAMILIES, Family
 from dovetail_models.gemma2 import Gemma2, Gemma2Config
 from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_fields import ConfigError
+from dovetail_models.hub import HubError
 from dovetail_models.huggingface import config_from_hf, config_to_hf, from_pretrained, save_pretrained, weight_map
 from dovetail_models.llama import Llama, LlamaConfig
 from dovetail_models.mistral import Mistral, MistralConfig
@@ -29,6 +30,7 @@ __all__ = [
     "Fields",
     "Gemma2",
     "Gemma2Config",
+    "HubError",
     "Llama",
     "LlamaConfig",
     "Mistral",
