@@ -38,6 +38,11 @@ GRADIENTS = (
     "model.layers.1.self_attn.o_proj.bias",
     "model.layers.1.mlp.down_proj.weight",
     "model.layers.1.mlp.gate_proj.bias",
+    "model.layers.0.self_attn.sinks",
+    "model.layers.1.mlp.router.weight",
+    "model.layers.1.mlp.router.bias",
+    "model.layers.1.mlp.experts.gate_up_proj",
+    "model.layers.1.mlp.experts.down_proj_bias",
     "model.layers.1.mlp.gate.weight",
     "model.layers.1.mlp.experts.1.down_proj.weight",
     "model.layers.1.block_sparse_moe.gate.weight",
@@ -51,7 +56,7 @@ def widen(model: torch.nn.Module) -> None:
         with torch.no_grad():
             if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
-            elif name.endswith("bias"):
+            elif name.endswith("bias") or parameter.ndim == 1:
                 parameter.normal_(std=0.3)
             else:
                 parameter.normal_(std=1.0 if "embed" in name else 1.3 * parameter.shape[1] ** -0.5)

@@ -111,6 +111,21 @@ def gemma2(rng: random.Random) -> Any:
     )
 
 
+def gpt_oss(rng: random.Random) -> Any:
+    values = without(sizes(rng), "mlp_bias")
+    values["head_dim"] = values["head_dim"] or 6
+    types = [rng.choice(["full_attention", "sliding_attention"]) for _ in range(values["num_hidden_layers"])]
+    return transformers.GptOssConfig(
+        **values,
+        layer_types=rng.choice([None, types]),
+        sliding_window=rng.choice([1, 6, 20]),
+        num_local_experts=rng.choice([3, 6]),
+        num_experts_per_tok=rng.randint(1, 3),
+        swiglu_alpha=rng.choice([1.702, 0.8]),
+        swiglu_limit=rng.choice([7.0, 0.9]),
+    )
+
+
 def mixtral(rng: random.Random) -> Any:
     values = without(sizes(rng), "attention_bias", "mlp_bias")
     experts = rng.choice([2, 5, 8])
@@ -146,6 +161,7 @@ def smollm3(rng: random.Random) -> Any:
 
 FAMILIES: dict[str, Callable[[random.Random], Any]] = {
     "gemma2": gemma2,
+    "gpt_oss": gpt_oss,
     "llama": llama,
     "mistral": mistral,
     "mixtral": mixtral,
@@ -169,7 +185,7 @@ def widened(config: Any, seed: int) -> Any:
         with torch.no_grad():
             if "norm" in name:
                 parameter.uniform_(0.5 - less, 1.5 - less)
-            elif name.endswith("bias"):
+            elif name.endswith("bias") or parameter.ndim == 1:
                 parameter.normal_(std=0.3)
             else:
                 parameter.normal_(std=1.0 if "embed" in name else 1.3 * parameter.shape[1] ** -0.5)

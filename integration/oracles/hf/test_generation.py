@@ -27,7 +27,17 @@ SCHEDULES = {
 }
 SEEDS = (0, 1, 2, 3, 5, 8, 9, 17)
 CASES = [("llama", seed, tuple(SCHEDULES) if not i else (tuple(SCHEDULES)[i % 4],)) for i, seed in enumerate(SEEDS)]
-OTHERS = {"gemma2": 1, "mistral": 6, "mixtral": 2, "olmo2": 4, "qwen2": 0, "qwen3": 0, "qwen3_moe": 2, "smollm3": 4}
+OTHERS = {
+    "gemma2": 1,
+    "gpt_oss": 2,
+    "mistral": 6,
+    "mixtral": 2,
+    "olmo2": 4,
+    "qwen2": 0,
+    "qwen3": 0,
+    "qwen3_moe": 2,
+    "smollm3": 4,
+}
 CASES += [(family, seed, tuple(SCHEDULES)[1:3]) for family, seed in OTHERS.items()]
 
 

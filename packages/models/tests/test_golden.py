@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dovetail_kernels import LinearScaling, Llama3Scaling, YarnScaling
+from dovetail_kernels import Clamped, LinearScaling, Llama3Scaling, YarnScaling
 from dovetail_models import FAMILIES, from_pretrained, merge, save_pretrained, split, weight_map
 from dovetail_models.layers import GatedMLP
 from dovetail_models.moe import SparseMLP
@@ -39,6 +39,9 @@ def features_of(model: Any, folder: Path) -> set[str]:
         "no output bias": attention.bias and not attention.has_out_bias,
         "mlp bias": any(layer.mlp.bias for layer in model.layers if isinstance(layer.mlp, GatedMLP)),
         "experts": bool(sparse),
+        "attention sinks": attention.has_sinks,
+        "biases of experts": any(mlp.experts.bias and mlp.router.select.bias for mlp in sparse),
+        "clamped units": any(isinstance(mlp.experts.activation, Clamped) for mlp in sparse),
         "experts in some layers": 0 < len(sparse) < config.layers,
         "normalised weights of experts": any(mlp.router.select.renormalize for mlp in sparse),
         "norms before": model.layers[0].before,
@@ -73,6 +76,7 @@ def test_matrix_covers_the_families() -> None:
     assert covered >= {"attention bias", "no output bias", "mlp bias", "norms of each head", "norms of all heads"}
     assert covered >= {"window", "window in some layers", "norms before", "norms after", "soft caps"}
     assert covered >= {"layers without positions"}
+    assert covered >= {"attention sinks", "biases of experts", "clamped units"}
     assert covered >= {"experts", "experts in some layers", "normalised weights of experts"}
     assert {case["family"] for case in MATRIX.values()} == set(FAMILIES.values())
 

@@ -5,6 +5,7 @@ from dovetail_models.decoder import Decoder, DecoderConfig
 from dovetail_models.description import Description, ParameterGroup, describe
 from dovetail_models.family import FAMILIES, Family
 from dovetail_models.gemma2 import Gemma2, Gemma2Config
+from dovetail_models.gpt_oss import GptOss, GptOssConfig
 from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_fields import ConfigError
 from dovetail_models.hub import HubError
@@ -30,6 +31,8 @@ __all__ = [
     "Fields",
     "Gemma2",
     "Gemma2Config",
+    "GptOss",
+    "GptOssConfig",
     "HubError",
     "Llama",
     "LlamaConfig",
