@@ -38,15 +38,13 @@ GRADIENTS = (
     "model.layers.1.self_attn.o_proj.bias",
     "model.layers.1.mlp.down_proj.weight",
     "model.layers.1.mlp.gate_proj.bias",
-    "model.layers.0.self_attn.sinks",
-    "model.layers.1.mlp.router.weight",
-    "model.layers.1.mlp.router.bias",
-    "model.layers.1.mlp.experts.gate_up_proj",
-    "model.layers.1.mlp.experts.down_proj_bias",
     "model.layers.1.mlp.gate.weight",
     "model.layers.1.mlp.experts.1.down_proj.weight",
     "model.layers.1.block_sparse_moe.gate.weight",
     "model.layers.1.block_sparse_moe.experts.1.w1.weight",
+    "backbone.embeddings.weight",
+    *(f"backbone.layers.0.mixer.{name}" for name in ("A_log", "D", "dt_bias", "in_proj.bias", "norm.weight")),
+    *(f"backbone.layers.1.mixer.{name}" for name in ("conv1d.weight", "conv1d.bias", "out_proj.weight")),
 )
 
 
@@ -54,9 +52,9 @@ def widen(model: torch.nn.Module) -> None:
     """Draw parameters that make logits and their margins wide, and biases and norms that matter."""
     for name, parameter in model.named_parameters():
         with torch.no_grad():
-            if "norm" in name:
+            if "norm" in name or (parameter.ndim == 1 and not name.endswith("bias")):
                 parameter.uniform_(0.5, 1.5)
-            elif name.endswith("bias") or parameter.ndim == 1:
+            elif name.endswith("bias"):
                 parameter.normal_(std=0.3)
             else:
                 parameter.normal_(std=1.0 if "embed" in name else 1.3 * parameter.shape[1] ** -0.5)
@@ -90,7 +88,9 @@ def make(name: str, case: dict[str, Any], seed: int) -> None:
     torch.manual_seed(seed)
     store = case.get("store", {})
     values = {name: None if value is False and name.endswith("_id") else value for name, value in case["hf"].items()}
-    config = transformers.AutoConfig.for_model(case["family"], **(SIZES | values))
+    known = transformers.CONFIG_MAPPING[case["family"]]
+    sizes = {name: value for name, value in SIZES.items() if hasattr(known, name)}
+    config = known(**(sizes | values))
     model = transformers.AutoModelForCausalLM.from_config(config, **EAGER).float().eval()
     widen(model)
     if "dtype" in store:

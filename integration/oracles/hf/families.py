@@ -111,18 +111,25 @@ def gemma2(rng: random.Random) -> Any:
     )
 
 
-def gpt_oss(rng: random.Random) -> Any:
-    values = without(sizes(rng), "mlp_bias")
-    values["head_dim"] = values["head_dim"] or 6
-    types = [rng.choice(["full_attention", "sliding_attention"]) for _ in range(values["num_hidden_layers"])]
-    return transformers.GptOssConfig(
-        **values,
-        layer_types=rng.choice([None, types]),
-        sliding_window=rng.choice([1, 6, 20]),
-        num_local_experts=rng.choice([3, 6]),
-        num_experts_per_tok=rng.randint(1, 3),
-        swiglu_alpha=rng.choice([1.702, 0.8]),
-        swiglu_limit=rng.choice([7.0, 0.9]),
+def mamba2(rng: random.Random) -> Any:
+    groups, share = rng.choice([1, 2, 3]), rng.choice([2, 4])
+    return transformers.Mamba2Config(
+        vocab_size=rng.randint(20, 90),
+        hidden_size=groups * share * 8,
+        num_hidden_layers=rng.randint(1, 3),
+        num_heads=groups * share,
+        head_dim=16,
+        n_groups=groups,
+        state_size=rng.choice([3, 16]),
+        conv_kernel=rng.choice([2, 4]),
+        use_bias=rng.random() < 0.4,
+        use_conv_bias=rng.random() < 0.6,
+        layer_norm_epsilon=rng.choice([1e-5, 1e-2]),
+        time_step_limit=rng.choice([(0.0, float("inf")), (0.05, 0.8)]),
+        tie_word_embeddings=rng.random() < 0.4,
+        residual_in_fp32=rng.random() < 0.5,
+        pad_token_id=None,
+        eos_token_id=rng.choice([None, 2, [2, 5]]),
     )
 
 
@@ -161,8 +168,8 @@ def smollm3(rng: random.Random) -> Any:
 
 FAMILIES: dict[str, Callable[[random.Random], Any]] = {
     "gemma2": gemma2,
-    "gpt_oss": gpt_oss,
     "llama": llama,
+    "mamba2": mamba2,
     "mistral": mistral,
     "mixtral": mixtral,
     "olmo2": olmo2,
@@ -183,12 +190,13 @@ def widened(config: Any, seed: int) -> Any:
     less = 1.0 if config.model_type.startswith("gemma") else 0.0  # what a norm's weight is stored less of
     for name, parameter in model.named_parameters():
         with torch.no_grad():
-            if "norm" in name:
+            if "norm" in name or (parameter.ndim == 1 and not name.endswith("bias")):
                 parameter.uniform_(0.5 - less, 1.5 - less)
-            elif name.endswith("bias") or parameter.ndim == 1:
+            elif name.endswith("bias"):
                 parameter.normal_(std=0.3)
             else:
-                parameter.normal_(std=1.0 if "embed" in name else 1.3 * parameter.shape[1] ** -0.5)
+                inputs = parameter.shape[-1 if "conv" in name else 1]
+                parameter.normal_(std=1.0 if "embed" in name else 1.3 * inputs**-0.5)
     return model
 
 

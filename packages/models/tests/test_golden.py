@@ -1,6 +1,7 @@
 """Golden checkpoints of Hugging Face transformers: logits, gradients, and tensors back byte for byte."""
 
 import json
+import math
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dovetail_kernels import Clamped, LinearScaling, Llama3Scaling, YarnScaling
+from dovetail_kernels import LinearScaling, Llama3Scaling, YarnScaling
 from dovetail_models import FAMILIES, from_pretrained, merge, save_pretrained, split, weight_map
-from dovetail_models.layers import GatedMLP
+from dovetail_models.decoder import Block
+from dovetail_models.layers import GatedMLP, GroupedAttention
 from dovetail_models.moe import SparseMLP
+from dovetail_models.state_space import StateSpace
 from dovetail_protocols import WindowCache
 from dovetail_weights import open_directory, save
 
@@ -27,39 +30,58 @@ def models(golden: Path) -> dict[str, Any]:
 
 
 def features_of(model: Any, folder: Path) -> set[str]:
-    config, attention = model.config, model.layers[0].attention
-    kinds = {type(None): "default", LinearScaling: "linear", Llama3Scaling: "llama3", YarnScaling: "yarn"}
-    heads = {config.heads: "full heads", 1: "one key-value head"}.get(config.groups, "grouped heads")
+    config = model.config
     raw = json.loads((folder / "config.json").read_text())
-    found = {"tied" if config.tied else "untied", heads, f"rope {kinds[type(config.rope_scaling)]}"}
-    sparse = [layer.mlp for layer in model.layers if isinstance(layer.mlp, SparseMLP)]
-    windows = [isinstance(spec, WindowCache) for spec in model.cache_specs()]
+    attentions = [layer.attention for layer in model.layers if isinstance(layer.attention, GroupedAttention)]
+    blocks = [layer for layer in model.layers if isinstance(layer, Block)]
+    mlps = [block.mlp for block in blocks]
+    sparse = [mlp for mlp in mlps if isinstance(mlp, SparseMLP)]
+    found = {"tied" if config.tied else "untied"}
+    found |= attention_features(model, attentions) if attentions else set()
     optional = {
-        "attention bias": attention.bias,
-        "no output bias": attention.bias and not attention.has_out_bias,
-        "mlp bias": any(layer.mlp.bias for layer in model.layers if isinstance(layer.mlp, GatedMLP)),
+        "mlp bias": any(mlp.bias for mlp in mlps if isinstance(mlp, GatedMLP)),
         "experts": bool(sparse),
-        "attention sinks": attention.has_sinks,
-        "biases of experts": any(mlp.experts.bias and mlp.router.select.bias for mlp in sparse),
-        "clamped units": any(isinstance(mlp.experts.activation, Clamped) for mlp in sparse),
         "experts in some layers": 0 < len(sparse) < config.layers,
         "normalised weights of experts": any(mlp.router.select.renormalize for mlp in sparse),
-        "norms before": model.layers[0].before,
-        "norms after": model.layers[0].after,
-        "norms of each head": attention.normed and attention.query_norm.weight.ndim == 1,
-        "norms of all heads": attention.normed and attention.query_norm.weight.ndim == 2,
-        "soft caps": attention.softcap is not None and model.unembedding()[2] is not None,
-        "layers without positions": any(layer.attention.rotary is None for layer in model.layers),
-        "window": any(windows),
-        "window in some layers": any(windows) and not all(windows),
-        "head_dim != d/heads": config.dim != config.features // config.heads,
+        "norms before": any(block.before for block in blocks),
+        "norms after": any(block.after for block in blocks),
         "norm epsilon": config.norm_eps != 1e-6,
-        "transformers 4 config": "rope_parameters" not in raw,
+        "transformers 4 config": "torch_dtype" in raw,
         "several shards": len(open_directory(folder).files) > 1,
         "bfloat16 checkpoint": next(iter(open_directory(folder).values())).dtype == jnp.bfloat16,
         "generation config": isinstance(raw.get("eos_token_id"), list),
     }
-    return found | {name for name, is_so in optional.items() if is_so}
+    return found | {name for name, is_so in optional.items() if is_so} | recurrent_features(model)
+
+
+def attention_features(model: Any, attentions: list[Any]) -> set[str]:
+    config, attention = model.config, attentions[0]
+    kinds = {type(None): "default", LinearScaling: "linear", Llama3Scaling: "llama3", YarnScaling: "yarn"}
+    heads = {config.heads: "full heads", 1: "one key-value head"}.get(config.groups, "grouped heads")
+    windows = [isinstance(spec, WindowCache) for spec in model.cache_specs()]
+    optional = {
+        "attention bias": attention.bias,
+        "no output bias": attention.bias and not attention.has_out_bias,
+        "norms of each head": attention.normed and attention.query_norm.weight.ndim == 1,
+        "norms of all heads": attention.normed and attention.query_norm.weight.ndim == 2,
+        "soft caps": attention.softcap is not None and model.unembedding()[2] is not None,
+        "layers without positions": any(one.rotary is None for one in attentions),
+        "window": any(windows),
+        "window in some layers": any(windows) and not all(windows),
+        "head_dim != d/heads": config.dim != config.features // config.heads,
+    }
+    return {heads, f"rope {kinds[type(config.rope_scaling)]}", *(name for name, is_so in optional.items() if is_so)}
+
+
+def recurrent_features(model: Any) -> set[str]:
+    spaces = [layer.attention for layer in model.layers if isinstance(layer.attention, StateSpace)]
+    optional = {
+        "state space": bool(spaces),
+        "state space bias": any(space.bias for space in spaces),
+        "state space groups": any(space.groups > 1 for space in spaces),
+        "limited steps": any(space.dt_limits != (0, math.inf) for space in spaces),
+    }
+    return {name for name, is_so in optional.items() if is_so}
 
 
 @NAMES
@@ -75,8 +97,7 @@ def test_matrix_covers_the_families() -> None:
     assert covered >= {f"rope {kind}" for kind in ("default", "linear", "llama3", "yarn")}
     assert covered >= {"attention bias", "no output bias", "mlp bias", "norms of each head", "norms of all heads"}
     assert covered >= {"window", "window in some layers", "norms before", "norms after", "soft caps"}
-    assert covered >= {"layers without positions"}
-    assert covered >= {"attention sinks", "biases of experts", "clamped units"}
+    assert covered >= {"layers without positions", "state space", "limited steps"}
     assert covered >= {"experts", "experts in some layers", "normalised weights of experts"}
     assert {case["family"] for case in MATRIX.values()} == set(FAMILIES.values())
 

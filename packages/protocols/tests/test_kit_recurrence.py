@@ -14,7 +14,7 @@ PARAMETERS = jnp.array([1.0, -0.5, 2.0]), jnp.array([0.3, 1.0, -1.0])
 
 def inputs():
     rng = np.random.default_rng(0)
-    return rng.standard_normal((2, 8, 3)).astype(np.float32), rng.uniform(0.5, 1, (2, 8)).astype(np.float32)
+    return rng.standard_normal((2, 9, 3)).astype(np.float32), rng.uniform(0.5, 1, (2, 9)).astype(np.float32)
 
 
 class ForgetsTheState(Fading):

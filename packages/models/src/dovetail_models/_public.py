@@ -1,16 +1,15 @@
 """The public names, which the package imports when the first one is asked for."""
 
 from dovetail_models.conversion import convert
-from dovetail_models.decoder import Decoder, DecoderConfig
+from dovetail_models.decoder import Decoder, DecoderConfig, StackConfig
 from dovetail_models.description import Description, ParameterGroup, describe
 from dovetail_models.family import FAMILIES, Family
 from dovetail_models.gemma2 import Gemma2, Gemma2Config
-from dovetail_models.gpt_oss import GptOss, GptOssConfig
 from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_fields import ConfigError
-from dovetail_models.hub import HubError
 from dovetail_models.huggingface import config_from_hf, config_to_hf, from_pretrained, save_pretrained, weight_map
 from dovetail_models.llama import Llama, LlamaConfig
+from dovetail_models.mamba2 import Mamba2, Mamba2Config
 from dovetail_models.mistral import Mistral, MistralConfig
 from dovetail_models.mixtral import Mixtral, MixtralConfig
 from dovetail_models.olmo2 import Olmo2, Olmo2Config
@@ -31,11 +30,10 @@ __all__ = [
     "Fields",
     "Gemma2",
     "Gemma2Config",
-    "GptOss",
-    "GptOssConfig",
-    "HubError",
     "Llama",
     "LlamaConfig",
+    "Mamba2",
+    "Mamba2Config",
     "Mistral",
     "MistralConfig",
     "Mixtral",
@@ -51,6 +49,7 @@ __all__ = [
     "Qwen3MoeConfig",
     "SmolLM3",
     "SmolLM3Config",
+    "StackConfig",
     "abstract",
     "config_from_hf",
     "config_to_hf",

@@ -14,24 +14,17 @@ from dovetail_models.layers import Initializer, RMSNorm, Rotary, Tables, paramet
 from dovetail_protocols import Auxiliary, CacheSpec
 from dovetail_runtime import constrain
 
-__all__ = ["Block", "Decoder", "DecoderConfig", "add_auxiliary"]
+__all__ = ["Block", "Decoder", "DecoderConfig", "StackConfig", "add_auxiliary"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class DecoderConfig:
-    """Sizes and options that families of decoders share.
+class StackConfig:
+    """Sizes and options of any stack of layers between an embedding and logits.
 
     Attributes:
         vocab_size: tokens.
         features: width of the residual stream.
-        hidden: width of the MLP.
         layers: blocks.
-        heads: query heads.
-        kv_heads: key-value heads, a divisor of `heads`; None for `heads`.
-        head_dim: features per head; None for ``features // heads``.
-        rope_theta: base of the rotary wavelengths.
-        rope_scaling: how a longer context is reached.
-        max_position: the context length the model is meant for (written to config.json, not enforced).
         norm_eps: added to the mean square in the norms.
         tied: the unembedding is the embedding.
         init_std: standard deviation of the initial weights; that of the last product of a block is smaller by the root
@@ -40,40 +33,18 @@ class DecoderConfig:
 
     vocab_size: int
     features: int
-    hidden: int
     layers: int
-    heads: int
-    kv_heads: int | None = None
-    head_dim: int | None = None
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
-    max_position: int = 2048
     norm_eps: float = 1e-5
     tied: bool = False
     init_std: float = 0.02
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "features", "hidden", "layers", "heads", "max_position"):
+        for name in ("vocab_size", "features", "layers"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
         for name in ("norm_eps", "init_std"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name}={getattr(self, name)}; expected a number of at least 0")
-        if self.head_dim is None and self.features % self.heads:
-            raise ValueError(f"features={self.features} is no multiple of heads={self.heads}; set head_dim")
-        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
-            raise ValueError(f"kv_heads={self.kv_heads}; expected a divisor of heads={self.heads}")
-        self.rotary()
-
-    @property
-    def dim(self) -> int:
-        """Features per head."""
-        return self.features // self.heads if self.head_dim is None else self.head_dim
-
-    @property
-    def groups(self) -> int:
-        """Key-value heads."""
-        return self.heads if self.kv_heads is None else self.kv_heads
 
     @property
     def init(self) -> Initializer:
@@ -103,6 +74,50 @@ class DecoderConfig:
     def norm(self, dtype: Any) -> RMSNorm:
         """Return a norm of the residual stream."""
         return RMSNorm(self.features, eps=self.norm_eps, offset=self.norm_offset, dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecoderConfig(StackConfig):
+    """Sizes and options that families of decoders with attention share; see `StackConfig` for the others.
+
+    Attributes:
+        hidden: width of the MLP.
+        heads: query heads.
+        kv_heads: key-value heads, a divisor of `heads`; None for `heads`.
+        head_dim: features per head; None for ``features // heads``.
+        rope_theta: base of the rotary wavelengths.
+        rope_scaling: how a longer context is reached.
+        max_position: the context length the model is meant for (written to config.json, not enforced).
+    """
+
+    hidden: int
+    heads: int
+    kv_heads: int | None = None
+    head_dim: int | None = None
+    rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
+    max_position: int = 2048
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("hidden", "heads", "max_position"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
+        if self.head_dim is None and self.features % self.heads:
+            raise ValueError(f"features={self.features} is no multiple of heads={self.heads}; set head_dim")
+        if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
+            raise ValueError(f"kv_heads={self.kv_heads}; expected a divisor of heads={self.heads}")
+        self.rotary()
+
+    @property
+    def dim(self) -> int:
+        """Features per head."""
+        return self.features // self.heads if self.head_dim is None else self.head_dim
+
+    @property
+    def groups(self) -> int:
+        """Key-value heads."""
+        return self.heads if self.kv_heads is None else self.kv_heads
 
     def rotary(self) -> Rotary:
         """Return the rotary embeddings of most layers."""

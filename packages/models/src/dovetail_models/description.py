@@ -111,7 +111,7 @@ def describe(model: Any, *, time: int | None = None, param_dtype: Any = jnp.floa
         raise ValueError(f"time={time}; expected at least 1")
     module: Any = model if isinstance(model, nnx.Module) else _abstract(config, param_dtype)
     specs = module.cache_specs()
-    growing, fixed = (sum(_numbers(spec, one) for spec in specs) * module.dtype.itemsize for one in (True, False))
+    growing, fixed = (sum(_bytes(spec, module.dtype.itemsize, one) for spec in specs) for one in (True, False))
     return Description(config, _groups(split(module)[1]), length, _forward(module, length), growing, fixed)
 
 
@@ -147,17 +147,17 @@ def _forward(model: Any, time: int) -> "Cost":
     return cost(run, shapes, jax.ShapeDtypeStruct((1, time), jnp.int32))
 
 
-def _numbers(spec: CacheSpec, growing: bool) -> int:
-    """Return how many numbers a layer keeps per token, or at most per row."""
+def _bytes(spec: CacheSpec, itemsize: int, growing: bool) -> int:
+    """Return what a layer keeps per token, or at most per row."""
     match spec:
         case FullCache(kv_heads, key_dim, value_dim):
-            return kv_heads * (key_dim + value_dim) if growing else 0
+            return kv_heads * (key_dim + value_dim) * itemsize if growing else 0
         case LatentCache(latent_dim, rope_dim):
-            return latent_dim + rope_dim if growing else 0
+            return (latent_dim + rope_dim) * itemsize if growing else 0
         case WindowCache(kv_heads, key_dim, value_dim, window):
-            return 0 if growing else window * kv_heads * (key_dim + value_dim)
+            return 0 if growing else window * kv_heads * (key_dim + value_dim) * itemsize
         case RecurrentCache(state):
-            return 0 if growing else sum(math.prod(shape) for _, shape in state)
+            return 0 if growing else 4 * sum(math.prod(shape) for _, shape in state)  # always float32
 
 
 def size(n: int) -> str:

@@ -4,7 +4,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-from dovetail_kernels import RopeScaling
 from dovetail_models import hf_rope
 from dovetail_models.hf_fields import ConfigError, field
 
@@ -52,25 +51,27 @@ class ConfigMap:
         architecture: such as ``LlamaForCausalLM``.
         model_type: such as ``llama``.
         config: makes our configuration of its fields.
-        options: fields with a default, as ``{theirs: (ours, type, theirs by default)}``; `SIZES` have none.
+        options: fields with a default, as ``{theirs: (ours, type, theirs by default)}``.
+        sizes: fields without a default, as ``{theirs: ours}``.
+        attends: it has grouped attention with rotary embeddings.
         fixed: what must have one value for our forward to be right, and is written.
         refused: what must have one value, but is not written.
         ignored: what does not change the forward, besides what no architecture's forward depends on.
         others: fields that become ours by more than a new name.
         rope_theta: base of the wavelengths where none is given.
-        rope_scaling: how a longer context is reached where nothing about it is given.
     """
 
     architecture: str
     model_type: str
     config: Callable[..., Any]
     options: Mapping[str, tuple[str, type, Any]]
+    sizes: Mapping[str, str] = dataclasses.field(default_factory=lambda: SIZES)
+    attends: bool = True
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     refused: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     ignored: tuple[str, ...] = ()
     others: tuple[Fields, ...] = ()
     rope_theta: float = 10000.0
-    rope_scaling: RopeScaling | None = None
 
     def read(self, values: Mapping[str, Any]) -> Any:
         """Return our configuration of a parsed ``config.json`` (of transformers 4 or 5).
@@ -79,34 +80,30 @@ class ConfigMap:
             ConfigError: another architecture, a missing or malformed field, or a field that this model cannot honour.
         """
         self._check_architecture(values)
-        if quantized := values.get("quantization_config"):
-            raise ConfigError(
-                f"quantization_config={quantized!r}; quantized checkpoints are not read. Store the model in bfloat16 "
-                "(`dequantize` of transformers) and leave the field out"
-            )
-        absent = [name for name in SIZES if name not in values]
+        absent = [name for name in self.sizes if name not in values]
         if absent:
             raise ConfigError(f"missing fields {absent}; they have no default")
         for name, only in {**self.fixed, **self.refused}.items():
             if values.get(name) not in (None, only):
                 raise ConfigError(f"{name}={values[name]!r}; only {only!r} is supported")
-        known = {*SIZES, *self.options, *self.fixed, *self.refused, *self.ignored, *IGNORED, *hf_rope.FIELDS}
+        known = {*self.sizes, *self.options, *self.fixed, *self.refused, *self.ignored, *IGNORED}
         known |= {name for others in self.others for name in others.names}
+        known |= set(hf_rope.FIELDS if self.attends else ())
         unknown = sorted(str(name) for name in set(values) - known)
         if unknown:
             raise ConfigError(
                 f"unknown fields {unknown}; they might change the model's numbers. Remove them if you know that they "
                 "do not"
             )
-        fields: dict[str, Any] = {ours: field(values, name, int) for name, ours in SIZES.items()}
+        fields: dict[str, Any] = {ours: field(values, name, int) for name, ours in self.sizes.items()}
         fields |= {ours: field(values, name, kind, default) for name, (ours, kind, default) in self.options.items()}
         for others in self.others:
             fields |= others.read(values, fields)
-        theta, scaling = hf_rope.from_hf(values, fields["max_position"], self.rope_theta)
-        if not any(values.get(name) for name in hf_rope.FIELDS[1:]):
-            scaling = self.rope_scaling
+        if self.attends:
+            theta, scaling = hf_rope.from_hf(values, fields["max_position"], self.rope_theta)
+            fields |= {"rope_theta": theta, "rope_scaling": scaling}
         try:
-            return self.config(**fields, rope_theta=theta, rope_scaling=scaling)
+            return self.config(**fields)
         except ValueError as error:
             raise ConfigError(str(error)) from error
 
@@ -130,22 +127,26 @@ class ConfigMap:
         Raises:
             ConfigError: transformers has no such model, or `token_ids` holds something else.
         """
-        if config.features % config.heads:
-            raise ConfigError(
-                f"features={config.features} is no multiple of heads={config.heads}; transformers refuses such a model"
-            )
         others = [name for name in token_ids or {} if not name.endswith("_token_id")]
         if others:
             raise ConfigError(f"token_ids has {others}; expected names that end with '_token_id'")
         values: dict[str, Any] = {"architectures": [self.architecture], "model_type": self.model_type}
         values |= {"torch_dtype": dtype} | dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
-        values |= {name: getattr(config, ours) for name, ours in SIZES.items()}
+        values |= {name: getattr(config, ours) for name, ours in self.sizes.items()}
         values |= {name: getattr(config, ours) for name, (ours, _, _) in self.options.items()}
-        values |= {"num_key_value_heads": config.groups} | dict(self.fixed)
-        if config.head_dim is None and self.options["head_dim"][2] is None:
+        values |= dict(self.fixed) | (self._attention(config) if self.attends else {})
+        if values.get("head_dim", 0) is None:
             del values["head_dim"]  # it is the same there
-        else:
-            values["head_dim"] = config.dim
         for fields in self.others:
             values |= fields.write(config)
-        return values | hf_rope.to_hf(config.rope_theta, config.rope_scaling) | dict(token_ids or {})
+        return values | dict(token_ids or {})
+
+    def _attention(self, config: Any) -> dict[str, Any]:
+        if config.features % config.heads:
+            raise ConfigError(
+                f"features={config.features} is no multiple of heads={config.heads}; transformers refuses such a model"
+            )
+        fields = {"num_key_value_heads": config.groups, **hf_rope.to_hf(config.rope_theta, config.rope_scaling)}
+        if config.head_dim is not None or self.options["head_dim"][2] is not None:
+            fields["head_dim"] = config.dim
+        return fields
