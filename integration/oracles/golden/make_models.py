@@ -38,6 +38,11 @@ GRADIENTS = (
     "model.layers.1.self_attn.o_proj.bias",
     "model.layers.1.mlp.down_proj.weight",
     "model.layers.1.mlp.gate_proj.bias",
+    "model.layers.0.self_attn.sinks",
+    "model.layers.1.mlp.router.weight",
+    "model.layers.1.mlp.router.bias",
+    "model.layers.1.mlp.experts.gate_up_proj",
+    "model.layers.1.mlp.experts.down_proj_bias",
     "model.layers.1.mlp.gate.weight",
     "model.layers.1.mlp.experts.1.down_proj.weight",
     "model.layers.1.block_sparse_moe.gate.weight",
@@ -52,12 +57,13 @@ def widen(model: torch.nn.Module) -> None:
     """Draw parameters that make logits and their margins wide, and biases and norms that matter."""
     for name, parameter in model.named_parameters():
         with torch.no_grad():
-            if "norm" in name or (parameter.ndim == 1 and not name.endswith("bias")):
+            if "norm" in name:
                 parameter.uniform_(0.5, 1.5)
-            elif name.endswith("bias"):
+            elif name.endswith("bias") or parameter.ndim == 1:
                 parameter.normal_(std=0.3)
             else:
-                parameter.normal_(std=1.0 if "embed" in name else 1.3 * parameter.shape[1] ** -0.5)
+                inputs = parameter.shape[-1 if "conv" in name else 1]
+                parameter.normal_(std=1.0 if "embed" in name else 1.3 * inputs**-0.5)
 
 
 def old_style(folder: pathlib.Path) -> None:

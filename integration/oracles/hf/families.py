@@ -111,6 +111,21 @@ def gemma2(rng: random.Random) -> Any:
     )
 
 
+def gpt_oss(rng: random.Random) -> Any:
+    values = without(sizes(rng), "mlp_bias")
+    values["head_dim"] = values["head_dim"] or 6
+    types = [rng.choice(["full_attention", "sliding_attention"]) for _ in range(values["num_hidden_layers"])]
+    return transformers.GptOssConfig(
+        **values,
+        layer_types=rng.choice([None, types]),
+        sliding_window=rng.choice([1, 6, 20]),
+        num_local_experts=rng.choice([3, 6]),
+        num_experts_per_tok=rng.randint(1, 3),
+        swiglu_alpha=rng.choice([1.702, 0.8]),
+        swiglu_limit=rng.choice([7.0, 0.9]),
+    )
+
+
 def mamba2(rng: random.Random) -> Any:
     groups, share = rng.choice([1, 2, 3]), rng.choice([2, 4])
     return transformers.Mamba2Config(
@@ -168,6 +183,7 @@ def smollm3(rng: random.Random) -> Any:
 
 FAMILIES: dict[str, Callable[[random.Random], Any]] = {
     "gemma2": gemma2,
+    "gpt_oss": gpt_oss,
     "llama": llama,
     "mamba2": mamba2,
     "mistral": mistral,
@@ -190,9 +206,9 @@ def widened(config: Any, seed: int) -> Any:
     less = 1.0 if config.model_type.startswith("gemma") else 0.0  # what a norm's weight is stored less of
     for name, parameter in model.named_parameters():
         with torch.no_grad():
-            if "norm" in name or (parameter.ndim == 1 and not name.endswith("bias")):
+            if "norm" in name:
                 parameter.uniform_(0.5 - less, 1.5 - less)
-            elif name.endswith("bias"):
+            elif name.endswith("bias") or parameter.ndim == 1:
                 parameter.normal_(std=0.3)
             else:
                 inputs = parameter.shape[-1 if "conv" in name else 1]

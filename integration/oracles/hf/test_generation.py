@@ -29,6 +29,7 @@ SEEDS = (0, 1, 2, 3, 5, 8, 9, 17)
 CASES = [("llama", seed, tuple(SCHEDULES) if not i else (tuple(SCHEDULES)[i % 4],)) for i, seed in enumerate(SEEDS)]
 OTHERS = {
     "gemma2": 1,
+    "gpt_oss": 2,
     "mamba2": 2,
     "mistral": 6,
     "mixtral": 2,

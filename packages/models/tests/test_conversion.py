@@ -115,9 +115,9 @@ def test_broken_sources(name: str, source: Path, tmp_path: Path) -> None:
     spoil, message = BROKEN[name]
     spoil(source)
     with pytest.raises(CommandError, match=message):
-        Convert(source, tmp_path / "made").run()
+        Convert(str(source), tmp_path / "made").run()
     with pytest.raises(CommandError, match=message):
-        Describe(source).run()
+        Describe(str(source)).run()
     assert {path.name for path in tmp_path.iterdir()} <= {"source"}
 
 
@@ -126,17 +126,17 @@ def test_places_that_cannot_be_written(source: Path, tmp_path: Path, monkeypatch
     (tmp_path / "made").mkdir()
     (tmp_path / "made/kept").write_text("mine")
     with pytest.raises(CommandError, match=r"made.*overwrite"):
-        Convert(source, tmp_path / "made").run()
+        Convert(str(source), tmp_path / "made").run()
     assert [path.name for path in (tmp_path / "made").iterdir()] == ["kept"]
     with pytest.raises(CommandError, match=r"File exists: .*kept"):
-        Convert(source, tmp_path / "made/kept/model").run()
+        Convert(str(source), tmp_path / "made/kept/model").run()
 
     def denied(self: Path, *_: Any, **__: Any) -> None:
         raise PermissionError(13, "Permission denied", str(self))
 
     monkeypatch.setattr(Path, "mkdir", denied)  # root may write everywhere
     with pytest.raises(CommandError, match=f"Permission denied: .*{tmp_path.name}"):
-        Convert(source, tmp_path / "new").run()
+        Convert(str(source), tmp_path / "new").run()
     assert {path.name for path in tmp_path.iterdir()} == {"source", "made"}
 
 
@@ -146,7 +146,7 @@ def test_commands_print(source: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     listed = dict(line.split()[::-1] for line in capsys.readouterr().out.splitlines())
     assert set(listed) == set(FAMILIES)
     assert listed["LlamaForCausalLM"] == "Llama"
-    Describe(source, time=16).run()
+    Describe(str(source), time=16).run()
     out = capsys.readouterr().out
     stored = sum(tensor.nbytes for tensor in open_directory(source).values())
     assert "LlamaConfig" in out
@@ -155,16 +155,16 @@ def test_commands_print(source: Path, tmp_path: Path, capsys: pytest.CaptureFixt
     assert "forward of a row of 16 tokens" in out
     for file in source.glob("*.safetensors*"):
         file.unlink()
-    Describe(source).run()
+    Describe(str(source)).run()
     assert f"parameters: {stored // 2:,}, {stored / 1000:.1f} kB" in capsys.readouterr().out
     change_config(source, torch_dtype="int8")
     with pytest.raises(CommandError, match="dtype='int8'"):
-        Describe(source).run()
+        Describe(str(source)).run()
 
 
 def test_convert_prints(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """What was written, and where."""
-    Convert(source, tmp_path / "made", dtype="float32").run()
+    Convert(str(source), tmp_path / "made", dtype="float32").run()
     stored = sum(tensor.nbytes for tensor in open_directory(tmp_path / "made").values())
     assert capsys.readouterr().out == f"{tmp_path / 'made'}: 20 tensors, {stored / 1000:.1f} kB in 1 files\n"
 

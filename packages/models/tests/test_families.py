@@ -15,6 +15,8 @@ from dovetail_models import (
     ConfigError,
     Gemma2,
     Gemma2Config,
+    GptOss,
+    GptOssConfig,
     Llama,
     Mamba2,
     Mamba2Config,
@@ -49,6 +51,7 @@ SIZES = {"vocab_size": 24, "features": 8, "hidden": 12, "layers": 2, "heads": 4,
 RECURRENT = {name: SIZES[name] for name in ("vocab_size", "features", "layers", "init_std")}
 MODELS: dict[str, tuple[Any, Any]] = {
     "gemma2": (Gemma2, Gemma2Config(**SIZES, head_dim=6, windows=(3, None), query_dim=5, attention_softcap=2.0)),
+    "gpt_oss": (GptOss, GptOssConfig(**SIZES, head_dim=6, experts=3, top_k=2, windows=(3, None), alpha=1.5, limit=0.5)),
     "olmo2": (Olmo2, Olmo2Config(**SIZES, attention_bias=True)),
     "smollm3": (SmolLM3, SmolLM3Config(**SIZES, rotated=(False, True), windows=(None, 4), mlp_bias=True)),
     "mamba2": (
@@ -69,7 +72,12 @@ MODELS: dict[str, tuple[Any, Any]] = {
 ATTENTION, DENSE = ["layers/*/attention/{query,key,value,out}"], ["layers/*/mlp/{gate,up,down}"]
 SPARSE = ["layers/*/mlp/experts/{gate,up,down}", "layers/*/mlp/router/weight"]
 STATES = ["layers/*/attention/{in_gate,in_x,in_b,in_c,in_dt,out}"]
-WEIGHTS = {"mamba2": STATES, "mixtral": [*ATTENTION, *SPARSE], "qwen3_moe": [*ATTENTION, *DENSE, *SPARSE]}
+WEIGHTS = {
+    "gpt_oss": [*ATTENTION, *SPARSE],
+    "mamba2": STATES,
+    "mixtral": [*ATTENTION, *SPARSE],
+    "qwen3_moe": [*ATTENTION, *DENSE, *SPARSE],
+}
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -126,6 +134,9 @@ def test_there_and_back(config: Any) -> None:
         ("mixtral", {}, {"experts": 8, "top_k": 2, "window": None, "rope_theta": 1e6, "balanced": False}),
         ("qwen3_moe", {}, {"experts": 128, "top_k": 8, "renormalize": False, "expert_hidden": 768, "kv_heads": 4}),
         ("qwen3_moe", {"num_local_experts": 9, "use_sliding_window": True}, {"experts": 9, "window": 4096}),
+        ("gpt_oss", {}, {"experts": 128, "top_k": 4, "windows": (128, None), "attention_bias": True, "head_dim": 64}),
+        ("gpt_oss", {}, {"rope_scaling": YarnScaling(32.0, 4096, truncate=False), "rope_theta": 150000.0}),
+        ("gpt_oss", {"rope_parameters": {"rope_type": "default"}}, {"rope_scaling": None, "rope_theta": 150000.0}),
         ("olmo2", {}, {"norm_eps": 1e-5, "rope_theta": 10000.0}),
         ("smollm3", {}, {"rotated": (True, True), "rope_theta": 2000000.0, "tied": True}),
         ("smollm3", {"no_rope_layer_interval": 2}, {"rotated": (True, False)}),
@@ -160,6 +171,9 @@ def test_what_is_absent_is_as_in_transformers(config: str, changes: dict[str, An
         ("qwen3_moe", {"mlp_only_layers": [0.5]}, r"mlp_only_layers=\[0.5\]; expected a list of indices"),
         ("qwen3_moe", {"decoder_sparse_step": 0}, "sparse_step=0"),
         ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 0}, "window=0"),
+        ("gpt_oss", {"experts_per_token": 2}, "experts_per_token=2, num_experts_per_tok=4; expected one number"),
+        ("gpt_oss", {"swiglu_limit": 0.0}, "limit=0.0"),
+        ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4.*; quantized checkpoints are not read"),
         ("gptj", {}, "model_type='gptj'; expected one of"),
     ],
 )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dovetail_kernels import LinearScaling, Llama3Scaling, YarnScaling
+from dovetail_kernels import Clamped, LinearScaling, Llama3Scaling, YarnScaling
 from dovetail_models import FAMILIES, from_pretrained, merge, save_pretrained, split, weight_map
 from dovetail_models.decoder import Block
 from dovetail_models.layers import GatedMLP, GroupedAttention
@@ -41,6 +41,8 @@ def features_of(model: Any, folder: Path) -> set[str]:
     optional = {
         "mlp bias": any(mlp.bias for mlp in mlps if isinstance(mlp, GatedMLP)),
         "experts": bool(sparse),
+        "biases of experts": any(mlp.experts.bias and mlp.router.select.bias for mlp in sparse),
+        "clamped units": any(isinstance(mlp.experts.activation, Clamped) for mlp in sparse),
         "experts in some layers": 0 < len(sparse) < config.layers,
         "normalised weights of experts": any(mlp.router.select.renormalize for mlp in sparse),
         "norms before": any(block.before for block in blocks),
@@ -61,6 +63,7 @@ def attention_features(model: Any, attentions: list[Any]) -> set[str]:
     windows = [isinstance(spec, WindowCache) for spec in model.cache_specs()]
     optional = {
         "attention bias": attention.bias,
+        "attention sinks": attention.has_sinks,
         "no output bias": attention.bias and not attention.has_out_bias,
         "norms of each head": attention.normed and attention.query_norm.weight.ndim == 1,
         "norms of all heads": attention.normed and attention.query_norm.weight.ndim == 2,
@@ -97,6 +100,7 @@ def test_matrix_covers_the_families() -> None:
     assert covered >= {f"rope {kind}" for kind in ("default", "linear", "llama3", "yarn")}
     assert covered >= {"attention bias", "no output bias", "mlp bias", "norms of each head", "norms of all heads"}
     assert covered >= {"window", "window in some layers", "norms before", "norms after", "soft caps"}
+    assert covered >= {"attention sinks", "biases of experts", "clamped units"}
     assert covered >= {"layers without positions", "state space", "limited steps"}
     assert covered >= {"experts", "experts in some layers", "normalised weights of experts"}
     assert {case["family"] for case in MATRIX.values()} == set(FAMILIES.values())

@@ -5,8 +5,10 @@ from dovetail_models.decoder import Decoder, DecoderConfig, StackConfig
 from dovetail_models.description import Description, ParameterGroup, describe
 from dovetail_models.family import FAMILIES, Family
 from dovetail_models.gemma2 import Gemma2, Gemma2Config
+from dovetail_models.gpt_oss import GptOss, GptOssConfig
 from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_fields import ConfigError
+from dovetail_models.hub import HubError
 from dovetail_models.huggingface import config_from_hf, config_to_hf, from_pretrained, save_pretrained, weight_map
 from dovetail_models.llama import Llama, LlamaConfig
 from dovetail_models.mamba2 import Mamba2, Mamba2Config
@@ -30,6 +32,9 @@ __all__ = [
     "Fields",
     "Gemma2",
     "Gemma2Config",
+    "GptOss",
+    "GptOssConfig",
+    "HubError",
     "Llama",
     "LlamaConfig",
     "Mamba2",

@@ -27,8 +27,10 @@ class List:
 class Describe:
     """Describe a Hugging Face directory: sizes, parameters by group, memory, operations; its headers are checked."""
 
-    path: Path
-    """The directory; one that holds config.json alone will do."""
+    path: str
+    """The directory (one that holds config.json alone will do), or a name of the hub such as org/name."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub."""
     time: int | None = None
     """Tokens of the row that the forward is counted for; default the longest, but at most 2048."""
 
@@ -38,12 +40,14 @@ class Describe:
             from dovetail_models import config_from_hf, describe
             from dovetail_models.description import size
             from dovetail_models.hf_directory import noted_dtype, open_pretrained, read_config
+            from dovetail_models.hub import located
 
-            if not any(self.path.glob("*.safetensors*")):
-                values = read_config(self.path / "config.json")
+            folder = located(self.path, self.revision)
+            if not any(folder.glob("*.safetensors*")):
+                values = read_config(folder / "config.json")
                 print(describe(config_from_hf(values), time=self.time, param_dtype=noted_dtype(values)))
                 return
-            opened = open_pretrained(self.path)
+            opened = open_pretrained(folder)
             names = opened.check()
             dtypes = sorted({str(opened.tensors[name].dtype) for name in names})
             print(describe(opened.module(param_dtype=dtypes[0] if len(dtypes) == 1 else "float32"), time=self.time))
@@ -55,10 +59,12 @@ class Describe:
 class Convert:
     """Write a Hugging Face directory with another dtype or other shards, tensor by tensor, all or nothing."""
 
-    source: Path
-    """The directory to read."""
+    source: str
+    """The directory to read, or a name of the hub such as org/name."""
     destination: Path
     """The directory to make."""
+    revision: str | None = None
+    """Branch, tag or commit of the hub."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
     """Of the floating-point tensors; default their own."""
     max_shard_bytes: int = 5_000_000_000
@@ -76,6 +82,7 @@ class Convert:
             made = convert(
                 self.source,
                 self.destination,
+                revision=self.revision,
                 dtype=self.dtype,
                 max_shard_bytes=self.max_shard_bytes,
                 overwrite=self.overwrite,

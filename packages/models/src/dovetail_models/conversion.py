@@ -10,19 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 
 from dovetail_models.family import Family
-from dovetail_models.hf_directory import TOKENIZER_FILES, files_like, open_pretrained
+from dovetail_models.hf_directory import open_pretrained
+from dovetail_models.hf_files import FURTHER_FILES, files_like
 from dovetail_weights import Lazy, WeightsError, write_directory
 
 __all__ = ["convert"]
 
 DTYPES = ("bfloat16", "float16", "float32")
-FURTHER_FILES = (*TOKENIZER_FILES, "generation_config.json", "*processor_config.json", "LICENSE*", "README.md")
 
 
 def convert(
     source: str | os.PathLike[str],
     destination: str | os.PathLike[str],
     *,
+    revision: str | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
     family: Family | None = None,
@@ -35,7 +36,8 @@ def convert(
     tokenizer's files and the generation settings stay.
 
     Args:
-        source: the directory to read.
+        source: the directory to read, or a name of the hub, see `from_pretrained`.
+        revision: of the hub.
         destination: the directory to make.
         dtype: of the floating-point tensors: ``"bfloat16"``, ``"float16"`` or ``"float32"``; None for their own.
         max_shard_bytes: see `dovetail_weights.write_directory`.
@@ -48,11 +50,12 @@ def convert(
             `dtype`.
         FileExistsError: `destination` exists and `overwrite` is not set.
         FileNotFoundError: there is no such directory or file.
-        ValueError: `dtype` is none of these.
+        HubError: the hub does not give the model.
+        ValueError: `dtype` is none of these, or a revision of a directory.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; expected one of {', '.join(DTYPES)}")
-    opened = open_pretrained(source, family)
+    opened = open_pretrained(source, family, revision)
     tensors = {name: _cast(name, opened.tensors[name], dtype) for name in opened.check()}
     stored = sorted({str(tensor.dtype) for tensor in tensors.values()})
     values = _with_dtype(opened.values, stored[0]) if len(stored) == 1 else opened.values

@@ -14,6 +14,7 @@ __all__ = ["FAMILIES", "Family", "architecture_family", "family_of", "named_fami
 FAMILIES = {
     "LlamaForCausalLM": "llama",
     "Gemma2ForCausalLM": "gemma2",
+    "GptOssForCausalLM": "gpt_oss",
     "Mamba2ForCausalLM": "mamba2",
     "MistralForCausalLM": "mistral",
     "MixtralForCausalLM": "mixtral",

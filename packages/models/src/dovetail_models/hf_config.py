@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+from dovetail_kernels import RopeScaling
 from dovetail_models import hf_rope
 from dovetail_models.hf_fields import ConfigError, field
 
@@ -59,6 +60,7 @@ class ConfigMap:
         ignored: what does not change the forward, besides what no architecture's forward depends on.
         others: fields that become ours by more than a new name.
         rope_theta: base of the wavelengths where none is given.
+        rope_scaling: how a longer context is reached where nothing about it is given.
     """
 
     architecture: str
@@ -72,6 +74,7 @@ class ConfigMap:
     ignored: tuple[str, ...] = ()
     others: tuple[Fields, ...] = ()
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling | None = None
 
     def read(self, values: Mapping[str, Any]) -> Any:
         """Return our configuration of a parsed ``config.json`` (of transformers 4 or 5).
@@ -80,6 +83,11 @@ class ConfigMap:
             ConfigError: another architecture, a missing or malformed field, or a field that this model cannot honour.
         """
         self._check_architecture(values)
+        if quantized := values.get("quantization_config"):
+            raise ConfigError(
+                f"quantization_config={quantized!r}; quantized checkpoints are not read. Store the model in bfloat16 "
+                "(`dequantize` of transformers) and leave the field out"
+            )
         absent = [name for name in self.sizes if name not in values]
         if absent:
             raise ConfigError(f"missing fields {absent}; they have no default")
@@ -101,6 +109,8 @@ class ConfigMap:
             fields |= others.read(values, fields)
         if self.attends:
             theta, scaling = hf_rope.from_hf(values, fields["max_position"], self.rope_theta)
+            if not any(values.get(name) for name in hf_rope.FIELDS[1:]):
+                scaling = self.rope_scaling
             fields |= {"rope_theta": theta, "rope_scaling": scaling}
         try:
             return self.config(**fields)

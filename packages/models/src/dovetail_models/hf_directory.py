@@ -1,4 +1,4 @@
-"""A Hugging Face directory: its configuration, the family that it names, the headers of its tensors, further files."""
+"""A Hugging Face directory: its configuration, the family that it names, the headers of its tensors."""
 
 import dataclasses
 import json
@@ -12,20 +12,11 @@ from flax import nnx
 
 from dovetail_models.family import Family, named_family
 from dovetail_models.hf_fields import ConfigError
+from dovetail_models.hub import located
 from dovetail_models.state import split
 from dovetail_weights import Directory, check, open_directory
 
-__all__ = [
-    "TOKENIZER_FILES",
-    "Opened",
-    "files_like",
-    "noted_dtype",
-    "open_pretrained",
-    "read_config",
-    "tokenizer_files",
-]
-
-TOKENIZER_FILES = ("tokenizer*", "*token*.json", "chat_template*", "vocab*", "merges.txt", "*.tiktoken", "spiece.model")
+__all__ = ["Opened", "noted_dtype", "open_pretrained", "read_config"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,19 +58,21 @@ class Opened:
         return check(self.tensors, self.family.weight_map(self.config), like, ignore=self.ignored)
 
 
-def open_pretrained(path: str | os.PathLike[str], family: Family | None = None) -> Opened:
+def open_pretrained(path: str | os.PathLike[str], family: Family | None = None, revision: str | None = None) -> Opened:
     """Read the configuration and the headers of a directory.
 
     Args:
-        path: the directory.
+        path: the directory, or a name of the hub, see `located`.
         family: how to read it; None for the one that ``config.json`` names.
+        revision: of the hub.
 
     Raises:
         ConfigError: the configuration is malformed or describes another model.
+        HubError: the hub does not give the model.
         dovetail_weights.WeightsError: a file of tensors is damaged.
         FileNotFoundError: there is no such directory or file.
     """
-    folder = Path(path)
+    folder = located(path, revision)
     values = read_config(folder / "config.json")
     family = named_family(values) if family is None else family
     config = family.config_map.read(values)
@@ -117,21 +110,3 @@ def noted_dtype(values: Mapping[str, Any]) -> str:
     if noted not in ("bfloat16", "float16", "float32", "float64"):
         raise ConfigError(f"dtype={noted!r}; expected a floating-point dtype such as 'bfloat16'")
     return noted
-
-
-def tokenizer_files(folder: Path) -> dict[str, bytes]:
-    """Return the tokenizer's files of a directory by name.
-
-    Raises:
-        FileNotFoundError: there are none.
-    """
-    found = files_like(folder, TOKENIZER_FILES)
-    if not found:
-        raise FileNotFoundError(f"{folder} holds no tokenizer files; expected tokenizer.json or its like")
-    return found
-
-
-def files_like(folder: Path, patterns: tuple[str, ...]) -> dict[str, bytes]:
-    """Return the files of a directory whose names match one of the patterns."""
-    found = sorted({file for pattern in patterns for file in folder.glob(pattern) if file.is_file()})
-    return {file.name: file.read_bytes() for file in found}

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from dovetail_weights import Reshape, Rule, Stack, Transpose
 
-__all__ = ["decoder_rules", "expert_rules"]
+__all__ = ["OURS", "THEIRS", "decoder_rules", "expert_rules"]
 
 OURS, THEIRS = "layers/{i}", "model.layers.{i}"
 
@@ -44,6 +44,7 @@ def _attention(config: Any, norm: str) -> list[Rule]:
     rules = [
         Rule(f"{ours}/out", f"{theirs}.o_proj.weight", (Transpose(), Reshape((h * e, d), (h, e, d)))),
         Rule(f"{ours}/out_bias", f"{theirs}.o_proj.bias"),
+        Rule(f"{ours}/sinks", f"{theirs}.sinks"),
     ]
     for name, short, heads in (("query", "q", h), ("key", "k", config.groups), ("value", "v", config.groups)):
         split, flat = Reshape((d, heads * e), (d, heads, e)), Reshape((heads * e,), (heads, e))

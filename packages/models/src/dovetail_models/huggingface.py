@@ -12,7 +12,8 @@ import numpy as np
 from jax.sharding import Mesh
 
 from dovetail_models.family import Family, family_of, named_family
-from dovetail_models.hf_directory import open_pretrained, tokenizer_files
+from dovetail_models.hf_directory import open_pretrained
+from dovetail_models.hf_files import tokenizer_files
 from dovetail_models.state import merge, placements, split
 from dovetail_runtime import Rules
 from dovetail_weights import WeightMap, load, save
@@ -46,6 +47,7 @@ def weight_map(config: Any) -> WeightMap:
 def from_pretrained(
     path: str | os.PathLike[str],
     *,
+    revision: str | None = None,
     family: Family | None = None,
     param_dtype: Any = jnp.float32,
     dtype: Any = None,
@@ -57,7 +59,9 @@ def from_pretrained(
     Tensors are read one by one; with a mesh each device is given its own part alone.
 
     Args:
-        path: the directory.
+        path: the directory; or, where there is none of that name, a model of the hub such as ``"org/name"``, which is
+            downloaded once (with the extra ``hub``; the token and the cache are those of `huggingface_hub`).
+        revision: branch, tag or commit of a model of the hub; None for its main branch.
         family: how to read it; None for the one that ``config.json`` names.
         param_dtype: dtype of the parameters; float tensors are cast to it.
         dtype: dtype of activations and products; None for `param_dtype`.
@@ -68,11 +72,12 @@ def from_pretrained(
         ConfigError: the configuration is malformed or describes another model.
         dovetail_weights.WeightsError: tensors are missing, unexpected, of another shape, or damaged.
         FileNotFoundError: there is no such directory or file.
-        ValueError: only one of `mesh` and `rules` is given.
+        HubError: the hub does not give the model.
+        ValueError: only one of `mesh` and `rules` is given, or a revision of a directory.
     """
     if (mesh is None) != (rules is None):
         raise ValueError(f"mesh={mesh}, rules={rules}; expected both or neither")
-    opened = open_pretrained(path, family)
+    opened = open_pretrained(path, family, revision)
     module = opened.module(param_dtype=param_dtype, dtype=dtype)
     definition, like = split(module)
     places = None if mesh is None or rules is None else placements(module, mesh, rules)

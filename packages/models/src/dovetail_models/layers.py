@@ -110,6 +110,7 @@ class GroupedAttention(nnx.Module):
         norm_offset: see `RMSNorm`.
         window: how many last tokens a token sees; None for all.
         softcap: of the logits, see `dovetail_kernels.attention`.
+        sinks: each head has a logit that takes part in the softmax only.
         scale: of the logits; None for ``head_dim ** -0.5``.
         init: of the weights.
         out_init: of the output's.
@@ -132,6 +133,7 @@ class GroupedAttention(nnx.Module):
         norm_offset: float = 0.0,
         window: int | None = None,
         softcap: float | None = None,
+        sinks: bool = False,
         scale: float | None = None,
         init: Initializer,
         out_init: Initializer,
@@ -154,6 +156,9 @@ class GroupedAttention(nnx.Module):
         self.out = parameter(rngs, (heads, head_dim, features), ("heads", None, "embed"), out_init, dtype)
         if out_bias:
             self.out_bias = parameter(rngs, (features,), ("embed",), zeros, dtype)
+        if sinks:
+            self.sinks = parameter(rngs, (heads,), ("heads",), init, dtype)
+        self.has_sinks = sinks
         self.bias, self.has_out_bias, self.normed = bias, out_bias, norm is not None
         self.rotary, self.window, self.softcap = rotary, window, softcap
         self.scale = head_dim**-0.5 if scale is None else scale
@@ -173,8 +178,9 @@ class GroupedAttention(nnx.Module):
         """Return the attention output ``[tokens, features]`` and the mixer."""
         query, key = self._placed("query", x, tables), self._placed("key", x, tables)
         value = self._project("value", x)
+        sinks = self.sinks.get_value() if self.has_sinks else None
         mixed, mixer = mixer.attend(
-            layer, query, key, value, scale=self.scale, window=self.window, softcap=self.softcap
+            layer, query, key, value, scale=self.scale, window=self.window, softcap=self.softcap, sinks=sinks
         )
         y = einsum("thk,hkd->td", constrain(mixed, "tokens", "heads", None), self.out.get_value())
         return (y + self.out_bias.get_value().astype(y.dtype) if self.has_out_bias else y), mixer
