@@ -1,5 +1,8 @@
 """Normalisations against float64 NumPy."""
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,10 +10,13 @@ import pytest
 
 from dovetail_kernels import group_norm, layer_norm, rms_norm
 
+IMPLEMENTATIONS = pytest.mark.parametrize("implementation", ["blocked", "reference"])
 
+
+@IMPLEMENTATIONS
 @pytest.mark.parametrize("shape", [(5,), (3, 1), (2, 3, 7), (0, 4)])
 @pytest.mark.parametrize("weighted", [False, True])
-def test_closed_form(shape: tuple[int, ...], weighted: bool) -> None:
+def test_closed_form(shape: tuple[int, ...], weighted: bool, implementation: str) -> None:
     """Value and gradient, for any leading axes, with and without a weight."""
     rng = np.random.default_rng(0)
     x, weight, cotangent = rng.standard_normal(shape) * 3, rng.standard_normal(shape[-1]), rng.standard_normal(shape)
@@ -21,7 +27,10 @@ def test_closed_form(shape: tuple[int, ...], weighted: bool) -> None:
 
     @jax.jit
     def run(x: jax.Array, weight: jax.Array, cotangent: jax.Array) -> tuple[jax.Array, ...]:
-        out, pull = jax.vjp(lambda x, w: rms_norm(x, w if weighted else None, eps=1e-3), x, weight)
+        def call(x: jax.Array, w: jax.Array) -> jax.Array:
+            return rms_norm(x, w if weighted else None, eps=1e-3, implementation=implementation)
+
+        out, pull = jax.vjp(call, x, weight)
         return (out, *pull(cotangent))
 
     out, dx, dw = run(*(jnp.asarray(a, jnp.float32) for a in (x, weight, cotangent)))
@@ -49,9 +58,10 @@ def test_zeros_are_finite() -> None:
     assert np.isfinite(gradient).all()
 
 
+@IMPLEMENTATIONS
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("axis", [-1, 0, 1])
-def test_every_option(centred: bool, axis: int) -> None:
+def test_every_option(centred: bool, axis: int, implementation: str) -> None:
     """Residual, offset of the weight, bias and axis, with the gradients of all operands by hand."""
     rng = np.random.default_rng(1)
     x, residual, dy, ds = (rng.standard_normal((3, 5, 4)) for _ in range(4))
@@ -76,7 +86,8 @@ def test_every_option(centred: bool, axis: int) -> None:
         x: jax.Array, residual: jax.Array, weight: jax.Array, bias: jax.Array, *cotangents: jax.Array
     ) -> list[jax.Array]:
         def call(x: jax.Array, r: jax.Array, w: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-            return function(x, w, bias=b, residual=r, axis=axis, weight_offset=1.0, eps=1e-2)
+            options = {"axis": axis, "weight_offset": 1.0, "eps": 1e-2, "implementation": implementation}
+            return function(x, w, bias=b, residual=r, **options)
 
         (out, total), pull = jax.vjp(call, x, residual, weight, bias)
         dx, dr, dw, db = pull(cotangents)
@@ -86,6 +97,35 @@ def test_every_option(centred: bool, axis: int) -> None:
     for value, (name, want) in zip(got, expected.items(), strict=False):
         np.testing.assert_allclose(value, want, atol=2e-5, err_msg=name)
     np.testing.assert_array_equal(got[5], got[2])
+
+
+@pytest.mark.parametrize("function", [rms_norm, layer_norm])
+def test_higher_orders(function: Callable[..., jax.Array]) -> None:
+    """Second order in reverse mode is that of the reference, which alone has forward mode; means do not cancel."""
+    rng = np.random.default_rng(3)
+    x, weight = jnp.asarray(rng.standard_normal((4, 6)) + 100, jnp.float32), jnp.asarray(rng.random(6), jnp.float32)
+
+    def of(implementation: str) -> Callable[[jax.Array], jax.Array]:
+        def loss(x: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.sin(function(x, weight, implementation=implementation)))
+
+        return jax.grad(lambda x: jnp.sum(jax.grad(loss)(x) ** 2))
+
+    expected = of("reference")(x)
+    np.testing.assert_allclose(of("blocked")(x), expected, atol=1e-4 * float(jnp.abs(expected).max()))
+    tangent = jax.jvp(functools.partial(function, implementation="reference"), (x,), (x,))[1]
+    np.testing.assert_allclose(tangent, np.zeros_like(x), atol=1e-3)
+
+
+def test_gradients_need_no_large_array() -> None:
+    """A backward pass that holds the normalised input beside the input costs as much memory as the activations."""
+    x, weight = jax.ShapeDtypeStruct((4096, 256), jnp.float32), jax.ShapeDtypeStruct((256,), jnp.float32)
+
+    def both(x: jax.Array, w: jax.Array) -> tuple[jax.Array, ...]:
+        out, pull = jax.vjp(rms_norm, x, w)
+        return (out, *pull(out))
+
+    assert jax.jit(both).lower(x, weight).compile().memory_analysis().temp_size_in_bytes < x.size
 
 
 def test_the_residual_sum_is_rounded_once() -> None:

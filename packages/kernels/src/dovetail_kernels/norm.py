@@ -1,14 +1,16 @@
 """Normalisations, computed in float32 (float64 for float64), with an optional residual sum that XLA fuses."""
 
 import functools
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from dovetail_kernels._dtypes import exact
-from dovetail_kernels.operation import Implementation, Operation, Wanted
+from dovetail_kernels._norm import How, normalize
+from dovetail_kernels.operation import Call, Implementation, Operation, Wanted
 
 __all__ = ["LAYER_NORM", "RMS_NORM", "group_norm", "layer_norm", "rms_norm"]
 
@@ -156,6 +158,29 @@ def _reference(
     return _scaled(out, weight, bias, weight_offset, axis).astype(x.dtype), wide.astype(x.dtype)
 
 
+def _blocked(
+    *,
+    x: jax.Array,
+    weight: jax.Array | None,
+    bias: jax.Array | None,
+    residual: jax.Array | None,
+    axis: int,
+    weight_offset: float,
+    eps: float,
+    centred: bool,
+) -> tuple[jax.Array, jax.Array]:
+    how = How(axis, weight_offset, eps, centred)
+    if residual is None:
+        return normalize(how, x, weight, bias), x
+    wide = exact(x.dtype)
+    total = x.astype(wide) + residual.astype(wide)
+    return normalize(how, total, weight, bias).astype(x.dtype), total.astype(x.dtype)
+
+
+def _on_cpus(call: Call) -> Literal[True] | str:
+    return call.platform == "cpu" or "fusions of XLA are as fast there"
+
+
 def _normalized(wide: jax.Array, axes: tuple[int, ...], eps: float, *, centred: bool) -> jax.Array:
     if centred:
         wide = wide - jnp.mean(wide, axes, keepdims=True)
@@ -175,9 +200,19 @@ def _scaled(out: jax.Array, weight: Any, bias: Any, offset: float, axis: int) ->
 def _operation(name: str, *, centred: bool) -> Operation:
     return Operation(
         name,
-        (Implementation("reference", functools.partial(_reference, centred=centred)),),
+        (
+            Implementation(
+                "blocked",
+                functools.partial(_blocked, centred=centred),
+                _on_cpus,
+                platforms=("cpu",),
+                gradient="any order, reverse mode",
+            ),
+            Implementation("reference", functools.partial(_reference, centred=centred)),
+        ),
         accumulation="float32 (float64 for float64)",
         error="1e-6 of the largest value in float32, 1e-2 in bfloat16",
+        outcome=lambda _, axes: (PartitionSpec(*axes["x"]),) * 2,
     )
 
 

@@ -63,6 +63,7 @@ FUNCTIONS = (
     Plain("expert_load", _WIDE, "1e-5 of each number in float32", "any, of probabilities and z-loss"),
     Plain("filter_logits", "float32", "1e-6 of each logit that stays", "any, of the logits that stay"),
     Plain("gated_delta_step", _WIDE, "that of `gated_delta_rule`"),
+    Plain("gated_product", _WIDE, "1e-6 of the largest value in float32"),
     Plain("gather_pages", _COPY, "exact, but for the product with the scales of 8 bits"),
     Plain("group_norm", _WIDE, "1e-5 in float32"),
     Plain("logprobs", "float32", "1e-5"),
