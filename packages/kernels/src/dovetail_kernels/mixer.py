@@ -1,7 +1,7 @@
 """DenseMixer: the mixer of training and scoring, over whole rows of tokens."""
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,7 @@ class DenseMixer:
     batch: int = dataclasses.field(metadata={"static": True})
     time: int = dataclasses.field(metadata={"static": True})
     implementation: Wanted = dataclasses.field(default=None, metadata={"static": True})
+    per_layer: ClassVar[bool] = False
 
     @classmethod
     def of(

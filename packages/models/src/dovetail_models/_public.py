@@ -18,11 +18,15 @@ from dovetail_models.olmo2 import Olmo2, Olmo2Config
 from dovetail_models.qwen2 import Qwen2, Qwen2Config
 from dovetail_models.qwen3 import Qwen3, Qwen3Config
 from dovetail_models.qwen3_moe import Qwen3Moe, Qwen3MoeConfig
+from dovetail_models.remat import ACTIVATIONS, POLICIES, Remat
 from dovetail_models.smollm3 import SmolLM3, SmolLM3Config
+from dovetail_models.stack import Stack
 from dovetail_models.state import abstract, init, logical_axes, merge, placements, split
 
 __all__ = [
+    "ACTIVATIONS",
     "FAMILIES",
+    "POLICIES",
     "ConfigError",
     "ConfigMap",
     "Decoder",
@@ -52,8 +56,10 @@ __all__ = [
     "Qwen3Config",
     "Qwen3Moe",
     "Qwen3MoeConfig",
+    "Remat",
     "SmolLM3",
     "SmolLM3Config",
+    "Stack",
     "StackConfig",
     "abstract",
     "config_from_hf",

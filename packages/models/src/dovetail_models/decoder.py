@@ -7,14 +7,17 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dovetail_kernels import RopeScaling, einsum, take
 from dovetail_models.layers import Initializer, RMSNorm, Rotary, Tables, parameter
+from dovetail_models.remat import Remat, remat_policy
+from dovetail_models.stack import Stack, run_layers
 from dovetail_protocols import Auxiliary, CacheSpec
 from dovetail_runtime import constrain
 
-__all__ = ["Block", "Decoder", "DecoderConfig", "StackConfig", "add_auxiliary"]
+__all__ = ["Block", "Decoder", "DecoderConfig", "StackConfig"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -164,20 +167,16 @@ class Block(nnx.Module):
     def __call__(self, layer: int, x: jax.Array, tables: Tables, mixer: Any) -> tuple[jax.Array, Auxiliary, Any]:
         """Return the residual stream ``[tokens, features]`` after the block, its auxiliary values, and the mixer."""
         mixed, mixer = self.attention(layer, self.attention_norm(x) if self.before else x, tables, mixer)
+        mixed = checkpoint_name(mixed, "attention_out")
         x = constrain(x + (self.attention_out_norm(mixed) if self.after else mixed), "tokens", "embed")
         y, aux = self.transform(self.mlp_norm(x) if self.before else x, mixer)
+        y = checkpoint_name(y, "mlp_out")
         return constrain(x + (self.mlp_out_norm(y) if self.after else y), "tokens", "embed"), aux, mixer
 
     def transform(self, x: jax.Array, mixer: Any) -> tuple[jax.Array, Auxiliary]:
         """Return what the MLP makes of each token, and its auxiliary values: none, if it is a plain one."""
         del mixer
         return self.mlp(x), {}
-
-
-def add_auxiliary(one: Auxiliary, other: Auxiliary) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Return the sums and weights of both, added up where both have a name."""
-    both = {name: jax.tree.map(jnp.add, one[name], other[name]) for name in one if name in other}
-    return {**one, **other, **both}
 
 
 class Decoder(nnx.Module):
@@ -188,18 +187,33 @@ class Decoder(nnx.Module):
         rngs: where the initial weights come from.
         param_dtype: dtype of the parameters.
         dtype: dtype of activations and products; None for `param_dtype`.
+        scan: layers that repeat each other are a `Stack`: compiled once, with stacked parameters.
+        remat: what the backward pass keeps of each layer: a `Remat` or the name of one, see `POLICIES`; None for all.
+
+    Raises:
+        ValueError: `scan` without layers that repeat, or an unknown `remat`.
     """
 
     config: Any
 
-    def __init__(self, config: Any, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32, dtype: Any = None) -> None:
-        self.config = config
+    def __init__(
+        self,
+        config: Any,
+        *,
+        rngs: nnx.Rngs,
+        param_dtype: Any = jnp.float32,
+        dtype: Any = None,
+        scan: bool = False,
+        remat: str | Remat | None = None,
+    ) -> None:
+        self.config, self.remat = config, remat_policy(remat)
         self.vocab_size = config.vocab_size
         self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
         shape = (config.vocab_size, config.features)
         self.embedding = parameter(rngs, shape, ("vocab", "embed"), config.init, param_dtype)
         weights = {"init": config.init, "out_init": config.out_init, "dtype": param_dtype, "rngs": rngs}
-        self.layers = nnx.List([self.block(config, i, **weights) for i in range(config.layers)])
+        layers = [self.block(config, i, **weights) for i in range(config.layers)]
+        self.layers = Stack(layers) if scan else nnx.List(layers)
         self.norm = config.norm(param_dtype)
         if not config.tied:
             self.head = parameter(rngs, shape[::-1], ("embed", "vocab"), config.init, param_dtype)
@@ -227,10 +241,7 @@ class Decoder(nnx.Module):
         x = constrain(self._embedded(tokens) if embeds is None else embeds.astype(self.dtype), "tokens", "embed")
         kinds = dict.fromkeys(layer.attention.rotary for layer in self.layers)
         tables = {rotary: rotary.table(positions) for rotary in kinds if rotary is not None}
-        total: Auxiliary = {}
-        for i, layer in enumerate(self.layers):
-            x, aux, mixer = layer(i, x, tables, mixer)
-            total = add_auxiliary(total, aux)
+        x, total, mixer = run_layers(self.layers, x, tables, mixer, self.remat)
         return self.norm(x), total, mixer
 
     def _embedded(self, tokens: jax.Array) -> jax.Array:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 
 from dovetail_models.family import Family, named_family
@@ -37,11 +36,9 @@ class Opened:
     config: Any
     tensors: Directory
 
-    def module(self, *, param_dtype: Any = jnp.float32, dtype: Any = None) -> Any:
-        """Return the model without values; see `from_pretrained`."""
-        return nnx.eval_shape(
-            lambda: self.family.model(self.config, rngs=nnx.Rngs(0), param_dtype=param_dtype, dtype=dtype)
-        )
+    def module(self, **options: Any) -> Any:
+        """Return the model without values, see `from_pretrained`."""
+        return nnx.eval_shape(lambda: self.family.model(self.config, rngs=nnx.Rngs(0), **options))
 
     @property
     def ignored(self) -> list[str]:

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from dovetail_models.family import Family, family_of, named_family
 from dovetail_models.hf_directory import open_pretrained
 from dovetail_models.hf_files import tokenizer_files
+from dovetail_models.stack import layer_map
 from dovetail_models.state import merge, placements, split
 from dovetail_runtime import Rules
 from dovetail_weights import WeightMap, load, save
@@ -40,8 +41,11 @@ def config_to_hf(config: Any, *, dtype: str, token_ids: Mapping[str, Any] | None
 
 
 def weight_map(config: Any) -> WeightMap:
-    """Return how the parameters of a configuration's model and the tensors of its checkpoints become each other."""
-    return family_of(config).weight_map(config)
+    """Return how the parameters of a configuration's model and the tensors of its checkpoints become each other.
+
+    It knows the parameters of stacked layers, too, as models with ``scan=True`` have them.
+    """
+    return layer_map(family_of(config).weight_map(config), config.layers)
 
 
 def from_pretrained(
@@ -53,6 +57,7 @@ def from_pretrained(
     dtype: Any = None,
     mesh: Mesh | None = None,
     rules: Rules | None = None,
+    **options: Any,
 ) -> Any:
     """Return the model of a Hugging Face directory: ``config.json`` and safetensors, in one file or sharded.
 
@@ -67,6 +72,7 @@ def from_pretrained(
         dtype: dtype of activations and products; None for `param_dtype`.
         mesh: where to put the parameters, together with `rules`; by default on the default device.
         rules: see `dovetail_models.placements`.
+        options: further arguments of the model, such as ``scan=True`` or ``remat="full"``.
 
     Raises:
         ConfigError: the configuration is malformed or describes another model.
@@ -78,10 +84,10 @@ def from_pretrained(
     if (mesh is None) != (rules is None):
         raise ValueError(f"mesh={mesh}, rules={rules}; expected both or neither")
     opened = open_pretrained(path, family, revision)
-    module = opened.module(param_dtype=param_dtype, dtype=dtype)
+    module = opened.module(param_dtype=param_dtype, dtype=dtype, **options)
     definition, like = split(module)
     places = None if mesh is None or rules is None else placements(module, mesh, rules)
-    table = opened.family.weight_map(opened.config)
+    table = layer_map(opened.family.weight_map(opened.config), opened.config.layers)
     return merge(definition, load(opened.tensors, table, like, shardings=places, ignore=opened.ignored))
 
 
@@ -124,7 +130,7 @@ def save_pretrained(
     files["generation_config.json"] = _json(ids)
     return save(
         Path(path),
-        family.weight_map(model.config),
+        layer_map(family.weight_map(model.config), model.config.layers),
         params,
         extra_files=files,
         max_shard_bytes=max_shard_bytes,

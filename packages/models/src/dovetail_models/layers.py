@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dovetail_kernels import (
@@ -176,13 +177,14 @@ class GroupedAttention(nnx.Module):
 
     def __call__(self, layer: int, x: Float[Array, "tokens features"], tables: Tables, mixer: Any) -> tuple[Any, Any]:
         """Return the attention output ``[tokens, features]`` and the mixer."""
-        query, key = self._placed("query", x, tables), self._placed("key", x, tables)
-        value = self._project("value", x)
+        query, key = (checkpoint_name(self._placed(name, x, tables), name) for name in ("query", "key"))
+        value = checkpoint_name(self._project("value", x), "value")
         sinks = self.sinks.get_value() if self.has_sinks else None
         mixed, mixer = mixer.attend(
             layer, query, key, value, scale=self.scale, window=self.window, softcap=self.softcap, sinks=sinks
         )
-        y = einsum("thk,hkd->td", constrain(mixed, "tokens", "heads", None), self.out.get_value())
+        mixed = checkpoint_name(constrain(mixed, "tokens", "heads", None), "attention")
+        y = einsum("thk,hkd->td", mixed, self.out.get_value())
         return (y + self.out_bias.get_value().astype(y.dtype) if self.has_out_bias else y), mixer
 
     def cache_spec(self) -> CacheSpec:
@@ -224,5 +226,6 @@ class GatedMLP(nnx.Module):
             x, self.gate.get_value(), self.up.get_value(), activation=self.activation,
             gate_bias=biases[0], up_bias=biases[1],
         )  # fmt: skip
-        y = einsum("tf,fd->td", constrain(h, "tokens", "mlp"), self.down.get_value())
+        h = checkpoint_name(constrain(h, "tokens", "mlp"), "mlp")
+        y = einsum("tf,fd->td", h, self.down.get_value())
         return y + self.down_bias.get_value().astype(y.dtype) if self.bias else y

@@ -15,6 +15,7 @@ from dovetail_models.family import Family
 from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_fields import ConfigError, field
 from dovetail_models.layers import Tables
+from dovetail_models.stack import Stack
 from dovetail_models.state_space import StateSpace
 from dovetail_protocols import Auxiliary
 from dovetail_runtime import constrain
@@ -89,9 +90,9 @@ class Mamba2(Decoder):
 
     config: Mamba2Config
 
-    def __init__(self, config: Any, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32, dtype: Any = None) -> None:
-        super().__init__(config, rngs=rngs, param_dtype=param_dtype, dtype=dtype)
-        for layer in self.layers:
+    def __init__(self, config: Any, **options: Any) -> None:
+        super().__init__(config, **options)
+        for layer in self.layers.programs if isinstance(self.layers, Stack) else self.layers:
             layer.inside = self.dtype
 
     @staticmethod

@@ -111,6 +111,9 @@ class Mixer(Protocol):
     A mixer is a pytree. Each method returns its output and the mixer after the call, because a serving mixer carries
     the cache that the call has written; a dense one returns itself. `layer` is the index of the calling layer.
     A mixer that does not offer a method raises NotImplementedError naming it.
+
+    A mixer whose class has ``per_layer = False`` returns itself and does not look at `layer`: a model may call it with
+    any number there, as from a loop over stacked layers. Without that attribute each layer is called with its own.
     """
 
     def attend(

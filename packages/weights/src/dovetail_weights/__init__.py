@@ -2,7 +2,7 @@
 
 from dovetail_weights.errors import WeightsError
 from dovetail_weights.lazy import Lazy
-from dovetail_weights.maps import Group, Rule, WeightMap
+from dovetail_weights.maps import Group, Rule, StackedMap, WeightMap
 from dovetail_weights.reading import Directory, SafetensorsFile, open_directory
 from dovetail_weights.transfer import check, load, save
 from dovetail_weights.transforms import Cast, Concat, Reshape, Split, Stack, Transform, Transpose, Unstack
@@ -19,6 +19,7 @@ __all__ = [
     "SafetensorsFile",
     "Split",
     "Stack",
+    "StackedMap",
     "Transform",
     "Transpose",
     "Unstack",

@@ -5,13 +5,13 @@ import functools
 import itertools
 import re
 import string
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
 from dovetail_weights.errors import WeightsError, listing, nearest
 from dovetail_weights.lazy import Lazy
-from dovetail_weights.transforms import Transform
+from dovetail_weights.transforms import Stack, Transform
 
-__all__ = ["Group", "Rule", "WeightMap"]
+__all__ = ["Group", "Rule", "StackedMap", "WeightMap"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,3 +156,54 @@ class WeightMap:
             if values is not None:
                 return rule.group(values)
         return None
+
+
+@dataclasses.dataclass(frozen=True)
+class StackedMap(WeightMap):
+    """Rules for leaves of which some are stacked in the tree, such as those of equal layers.
+
+    Attributes:
+        rules: for the leaves one by one.
+        singles: ``singles(addresses)`` returns for each address of the tree the leaves that are stacked there along a
+            first axis, in order; one leaf stands for itself.
+
+    >>> table = WeightMap([Rule("layers/{i}/w", "h.{i}.w")])
+    >>> stacked = StackedMap(table.rules, lambda addresses: {"layers/w": ["layers/0/w", "layers/1/w"]})
+    >>> stacked.groups(["layers/w"])[0].names
+    ('h.0.w', 'h.1.w')
+    """
+
+    singles: Callable[[Collection[str]], Mapping[str, Sequence[str]]]
+
+    def groups(self, addresses: Collection[str]) -> list[Group]:
+        """See `WeightMap.groups`; what is stacked together has one group."""
+        singles = self.singles(addresses)
+        owners = {single: address for address in addresses for single in singles[address]}
+        parts = dict[tuple[str, ...], list[Group]]()
+        for group in super().groups(list(owners)):
+            parts.setdefault(tuple(owners[single] for single in group.addresses), []).append(group)
+        return [self._joined(ours, groups, singles) for ours, groups in parts.items()]
+
+    def _joined(self, ours: tuple[str, ...], groups: list[Group], singles: Mapping[str, Sequence[str]]) -> Group:
+        if len(singles[ours[0]]) == 1:
+            return dataclasses.replace(groups[0], addresses=ours)
+        return _StackedGroup(ours, tuple(name for group in groups for name in group.names), (), tuple(groups))
+
+
+@dataclasses.dataclass(frozen=True)
+class _StackedGroup(Group):
+    """A group whose leaves stack those of others."""
+
+    parts: tuple[Group, ...]
+
+    def to_ours(self, tensors: Sequence[Lazy]) -> list[Lazy]:
+        """See `Group`."""
+        size = len(self.names) // len(self.parts)
+        made = [part.to_ours(tensors[i * size : (i + 1) * size]) for i, part in enumerate(self.parts)]
+        return [Stack(len(self.parts)).apply(leaves)[0] for leaves in zip(*made, strict=True)]
+
+    def to_theirs(self, leaves: Sequence[Lazy]) -> list[Lazy]:
+        """See `Group`."""
+        each = [Stack(len(self.parts)).inverse().apply([leaf]) for leaf in leaves]
+        layers = zip(*each, strict=True)
+        return [tensor for part, layer in zip(self.parts, layers, strict=True) for tensor in part.to_theirs(layer)]

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -89,6 +89,7 @@ class ReferenceMixer:
     """
 
     segment_ids: Int[Array, "batch time"]
+    per_layer: ClassVar[bool] = False
 
     def attend(
         self,
