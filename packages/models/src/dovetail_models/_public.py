@@ -1,8 +1,10 @@
 """The public names, which the package imports when the first one is asked for."""
 
+from dovetail_models.bert import BertConfig, BertForMaskedLM, BertMaskedLMConfig, BertModel
 from dovetail_models.conversion import convert
 from dovetail_models.decoder import Decoder, DecoderConfig, StackConfig
 from dovetail_models.description import Description, ParameterGroup, describe
+from dovetail_models.encoder import EncoderConfig
 from dovetail_models.family import FAMILIES, Family
 from dovetail_models.gemma2 import Gemma2, Gemma2Config
 from dovetail_models.gpt_oss import GptOss, GptOssConfig
@@ -19,19 +21,34 @@ from dovetail_models.qwen2 import Qwen2, Qwen2Config
 from dovetail_models.qwen3 import Qwen3, Qwen3Config
 from dovetail_models.qwen3_moe import Qwen3Moe, Qwen3MoeConfig
 from dovetail_models.remat import ACTIVATIONS, POLICIES, Remat
+from dovetail_models.siglip import (
+    SiglipConfig,
+    SiglipModel,
+    SiglipTextConfig,
+    SiglipTextModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
+)
 from dovetail_models.smollm3 import SmolLM3, SmolLM3Config
 from dovetail_models.stack import Stack
 from dovetail_models.state import abstract, init, logical_axes, merge, placements, split
+from dovetail_models.t5_encoder import T5EncoderConfig, T5EncoderModel
+from dovetail_models.vit import ViTClassifierConfig, ViTConfig, ViTForImageClassification, ViTModel
 
 __all__ = [
     "ACTIVATIONS",
     "FAMILIES",
     "POLICIES",
+    "BertConfig",
+    "BertForMaskedLM",
+    "BertMaskedLMConfig",
+    "BertModel",
     "ConfigError",
     "ConfigMap",
     "Decoder",
     "DecoderConfig",
     "Description",
+    "EncoderConfig",
     "Family",
     "Fields",
     "Gemma2",
@@ -57,10 +74,22 @@ __all__ = [
     "Qwen3Moe",
     "Qwen3MoeConfig",
     "Remat",
+    "SiglipConfig",
+    "SiglipModel",
+    "SiglipTextConfig",
+    "SiglipTextModel",
+    "SiglipVisionConfig",
+    "SiglipVisionModel",
     "SmolLM3",
     "SmolLM3Config",
     "Stack",
     "StackConfig",
+    "T5EncoderConfig",
+    "T5EncoderModel",
+    "ViTClassifierConfig",
+    "ViTConfig",
+    "ViTForImageClassification",
+    "ViTModel",
     "abstract",
     "config_from_hf",
     "config_to_hf",

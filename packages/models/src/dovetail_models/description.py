@@ -110,7 +110,7 @@ def describe(model: Any, *, time: int | None = None, param_dtype: Any = jnp.floa
     if length < 1:
         raise ValueError(f"time={time}; expected at least 1")
     module: Any = model if isinstance(model, nnx.Module) else _abstract(config, param_dtype)
-    specs = module.cache_specs()
+    specs = module.cache_specs() if hasattr(module, "cache_specs") else ()
     growing, fixed = (sum(_bytes(spec, module.dtype.itemsize, one) for spec in specs) for one in (True, False))
     return Description(config, _groups(split(module)[1]), length, _forward(module, length), growing, fixed)
 
@@ -136,6 +136,9 @@ def _forward(model: Any, time: int) -> "Cost":
     from dovetail_profile import cost
 
     definition, params = split(model)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    if not hasattr(model, "cache_specs"):
+        return cost(lambda params, *inputs: merge(definition, params)(*inputs), shapes, *model.example(time))
 
     def run(params: Any, tokens: jax.Array) -> Any:
         built = merge(definition, params)
@@ -143,7 +146,6 @@ def _forward(model: Any, time: int) -> "Cost":
         hidden, aux, _ = built.hidden(tokens.reshape(-1), positions, DenseMixer.of(tokens))
         return built.unembed(hidden), aux
 
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
     return cost(run, shapes, jax.ShapeDtypeStruct((1, time), jnp.int32))
 
 

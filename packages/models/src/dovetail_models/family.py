@@ -12,6 +12,8 @@ from dovetail_weights import WeightMap
 __all__ = ["FAMILIES", "Family", "architecture_family", "family_of", "named_family"]
 
 FAMILIES = {
+    "BertForMaskedLM": "bert:MASKED_LM",
+    "BertModel": "bert",
     "LlamaForCausalLM": "llama",
     "Gemma2ForCausalLM": "gemma2",
     "GptOssForCausalLM": "gpt_oss",
@@ -22,9 +24,15 @@ FAMILIES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "SiglipModel": "hf_siglip",
+    "SiglipTextModel": "hf_siglip:TEXT",
+    "SiglipVisionModel": "hf_siglip:VISION",
     "SmolLM3ForCausalLM": "smollm3",
+    "T5EncoderModel": "t5_encoder",
+    "ViTForImageClassification": "vit:CLASSIFIER",
+    "ViTModel": "vit",
 }
-"""The module of each architecture; it defines ``FAMILY``."""
+"""The module of each architecture, which defines ``FAMILY``; another name follows a colon."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,11 +43,13 @@ class Family:
         model: ``model(config, *, rngs, param_dtype, dtype)``.
         config_map: its configuration and ``config.json``.
         weight_map: of a configuration: its parameters and the checkpoint's tensors.
+        ignored: tensors that checkpoints may have and the model does not need, as globs.
     """
 
     model: Callable[..., Any]
     config_map: ConfigMap
     weight_map: Callable[[Any], WeightMap]
+    ignored: tuple[str, ...] = ()
 
 
 def named_family(values: Mapping[str, Any]) -> Family:
@@ -55,7 +65,8 @@ def named_family(values: Mapping[str, Any]) -> Family:
         if not isinstance(named, list) or len(named) != 1 or named[0] not in FAMILIES:
             raise ConfigError(f"architectures={named!r}; expected one of {list(FAMILIES)}")
         return architecture_family(named[0])
-    kinds = {family.config_map.model_type: family for family in map(architecture_family, FAMILIES)}
+    families = [architecture_family(name) for name in sorted(FAMILIES)]  # the bare model last
+    kinds = {family.config_map.model_type: family for family in families}
     if kind not in kinds:
         raise ConfigError(f"model_type={kind!r}; expected one of {list(kinds)}")
     return kinds[kind]
@@ -67,13 +78,15 @@ def family_of(x: Any) -> Family:
     Raises:
         TypeError: it is of none of them.
     """
-    module = type(x).__module__
-    for architecture, name in FAMILIES.items():
-        if module == f"{__package__}.{name}":
-            return architecture_family(architecture)
-    raise TypeError(f"{type(x).__qualname__} of {module} is of no family of {__package__}; pass family=")
+    kind = type(x)
+    for architecture in FAMILIES if kind.__module__.startswith(f"{__package__}.") else ():
+        family = architecture_family(architecture)
+        if kind in (family.model, family.config_map.config):
+            return family
+    raise TypeError(f"{kind.__qualname__} of {kind.__module__} is of no family of {__package__}; pass family=")
 
 
 def architecture_family(architecture: str) -> Family:
     """Return the family of one of the `FAMILIES`."""
-    return importlib.import_module(f"{__package__}.{FAMILIES[architecture]}").FAMILY
+    module, _, name = FAMILIES[architecture].partition(":")
+    return getattr(importlib.import_module(f"{__package__}.{module}"), name or "FAMILY")

@@ -43,7 +43,8 @@ class Opened:
     @property
     def ignored(self) -> list[str]:
         """Names of tensors that a checkpoint may repeat or that are no parameters, as globs."""
-        return ["*.rotary_emb.inv_freq", *(["lm_head.weight"] if self.config.tied else [])]
+        tied = ["lm_head.weight"] if getattr(self.config, "tied", False) else []
+        return ["*.rotary_emb.inv_freq", *tied, *self.family.ignored]
 
     def check(self) -> tuple[str, ...]:
         """Return the names of the tensors that the model needs.
