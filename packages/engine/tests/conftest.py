@@ -21,6 +21,14 @@ from dovetail_engine.runner import Runner
 KEPT = 4  # engines whose programs are kept: XLA maps memory for each of their kernels, and Linux limits its maps
 
 
+@pytest.fixture
+def untyped():
+    """Turn the run-time shape checks off, to see what a user without them sees."""
+    jaxtyping.config.update("jaxtyping_disable", True)
+    yield
+    jaxtyping.config.update("jaxtyping_disable", False)
+
+
 @pytest.fixture(scope="session")
 def compiled():
     """Programs that were compiled lately, by what they were compiled for."""

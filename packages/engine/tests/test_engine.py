@@ -16,7 +16,7 @@ import pytest
 from engine_toys import VOCAB, Letters, check_greedy, tiny
 
 from dovetail_engine import Engine
-from dovetail_protocols import Delta, LatentCache, Request, SamplingParams
+from dovetail_protocols import Delta, Request, SamplingParams
 
 GREEDY = SamplingParams(max_tokens=12, temperature=0.0, ignore_eos=True)
 LONG = SamplingParams(max_tokens=55, temperature=0.0, ignore_eos=True)
@@ -368,17 +368,18 @@ def test_stop_strings_need_a_tokenizer():
         engine.pause()
 
 
+@pytest.mark.usefixtures("untyped")
 def test_a_model_with_another_cache_is_refused():
     """A model that cannot be served fails inside a compilation."""
 
-    class Latent:
+    class Other:
         vocab_size = 5
 
         def cache_specs(self):
-            return (LatentCache(4, 2),)
+            return (frozenset(),)
 
-    with pytest.raises(ValueError, match="LatentCache; expected FullCache, WindowCache or RecurrentCache"):
-        Engine(lambda params: Latent(), {"w": jnp.zeros(2)})
+    with pytest.raises(ValueError, match="a layer with frozenset; expected FullCache, WindowCache, LatentCache or"):
+        Engine(lambda params: Other(), {"w": jnp.zeros(2)})
 
 
 def test_sampling_parameters_do_what_they_say(make_engine):

@@ -8,6 +8,7 @@ import pytest
 
 from dovetail_engine.mixers import DecodeMixer, MixedMixer
 from dovetail_engine.pages import pages_for
+from dovetail_kernels import DenseMixer
 from dovetail_protocols.testing import attention
 
 PAGE, DIM, VALUE = 4, 8, 5
@@ -32,7 +33,11 @@ def textbook(q, k, v, **options):
     return attention(*map(np.asarray, (q, k, v)), segments, scale=0.3, **options)
 
 
-def step(cache, q, k, v, spans, pages, newest=0, **options):
+def attend(mixer, *flat, **options):
+    return mixer.attend(0, *flat, scale=0.3, **options)
+
+
+def step(cache, q, k, v, spans, pages, newest=0, call=attend, **options):
     """Compute the spans (start, stop) of sequences that are given as whole q, k and v; the last ones are newest."""
     total = sum(stop - start for start, stop in spans)
     size = total + 3  # padding at the end
@@ -58,7 +63,7 @@ def step(cache, q, k, v, spans, pages, newest=0, **options):
         context = jnp.asarray([*held, 0], jnp.int32)
     tokens = map(jnp.asarray, (segments, positions, places))
     mixer = MixedMixer(cache, *tokens, context, *map(jnp.asarray, (stands, tables, lengths)))
-    out, mixer = mixer.attend(0, *flat, scale=0.3, **options)
+    out, mixer = call(mixer, *flat, **options)
     return np.split(np.asarray(out[:total]), np.cumsum([b - a for a, b in spans])[:-1]), mixer.cache
 
 
@@ -134,8 +139,39 @@ def test_single_tokens_and_chunks_share_a_step(options):
             np.testing.assert_allclose(out, expected[i][start:stop], atol=1e-5)
 
 
-def test_what_is_not_offered_says_so():
-    """A model with other layers fails with an AttributeError somewhere inside."""
-    mixer = DecodeMixer((), jnp.zeros(1, jnp.int32), jnp.int32(0), 1)
-    with pytest.raises(NotImplementedError, match=r"DecodeMixer\.attend_latent"):
-        mixer.attend_latent(0)
+def test_latents_are_absorbed_as_they_are_expanded():
+    """Chunks, context, single tokens and steps over cached latents give what a dense mixer's expanded ones give."""
+    rng, lengths, steps = np.random.default_rng(3), [9, 6], 3
+    key, value = (jnp.asarray(rng.standard_normal((5, 3, dim)), jnp.float32) for dim in (4, 6))
+    whole = [
+        tuple(jnp.asarray(rng.standard_normal((n + steps, *shape)), jnp.float32) for shape in ((3, 6), (5,), (2,)))
+        for n in lengths
+    ]
+    dense = [DenseMixer.of(jnp.zeros((1, len(q)), jnp.int32)) for q, _, _ in whole]
+    expected = [m.attend_latent(0, *each, (key, value), scale=0.3)[0] for m, each in zip(dense, whole, strict=True)]
+    pages = [[7, 3, 5, 9], [1, 4, 8]]
+    cache = ((jnp.full((10, 1, PAGE, 7), jnp.nan).at[0].set(0.0),),)
+
+    def call(mixer, *flat):
+        return mixer.attend_latent(0, *flat, (key, value), scale=0.3)
+
+    parts = tuple(zip(*whole, strict=True))
+    at = [[(0, 5), (0, 6)], [(5, 9), (6, 7)]]
+    for newest, spans in enumerate(at):
+        outs, cache = step(cache, *parts, spans, pages, newest=newest, call=call)
+        for out, wanted, (start, stop) in zip(outs, expected, spans, strict=True):
+            np.testing.assert_allclose(out, wanted[start:stop], atol=1e-5)
+    lengths = np.array([9, 7], np.int32)
+    batch = types.SimpleNamespace(context=jnp.array([[7, 3, 5], [1, 4, 0]]), lengths=jnp.asarray(lengths))
+    mixer = DecodeMixer.load(cache, batch, 2)
+    for index in range(2):
+        now = [jnp.stack([x[i][length + index] for i, length in enumerate(lengths)]) for x in parts]
+        out, mixer = call(DecodeMixer(mixer.work, mixer.lengths, jnp.int32(index), 2), *now)
+        np.testing.assert_allclose(
+            out, np.stack([e[n + index] for e, n in zip(expected, lengths, strict=True)]), atol=1e-5
+        )
+    batch.pages = jnp.array([[5, 5], [4, 8]])
+    ((latents,),) = mixer.store(cache, batch)
+    own, places = np.asarray(pages[1]), np.arange(9)
+    held = np.asarray(latents)[own[places // PAGE], 0, places % PAGE]
+    np.testing.assert_array_equal(held, np.concatenate(whole[1][1:], axis=1)[:9])

@@ -47,5 +47,5 @@ def test_bad_input() -> None:
         mixer.attend(0, x, x, x, scale=1.0)
     with pytest.raises(ValueError, match=r"an input has shape \(5, 2, 4\); expected 6 tokens"):
         mixer.recur(0, None, (x,))
-    with pytest.raises(NotImplementedError, match="DenseMixer"):
-        mixer.attend_latent(0)
+    with pytest.raises(ValueError, match=r"query has shape \(5, 2, 4\); expected \[6, heads, dim\]"):
+        mixer.attend_latent(0, x, x[:, 0], x[:, 0, :1], (jnp.ones((4, 2, 3)), jnp.ones((4, 2, 3))), scale=1.0)

@@ -9,6 +9,7 @@ import pytest
 
 from dovetail_protocols import (
     Mixer,
+    QuantizedArray,
 )
 from dovetail_protocols.testing import (
     ConformanceError,
@@ -55,6 +56,31 @@ class MutantMixer(ReferenceMixer):
         if fault == "another structure":
             return out, (self, jnp.zeros(()))
         return out, self
+
+    def attend_latent(self, layer, query, latent, rope_key, expand, *, scale):
+        fault, ids, nope = self.fault.partition("latents: ")[2], self.segment_ids, expand[0].shape[2]
+        if fault == "segments are one":
+            ids = jnp.ones_like(ids)
+        if fault == "another scale":
+            scale = query.shape[-1] ** -0.5
+        if fault == "no rotary part":
+            rope_key = jnp.zeros_like(rope_key)
+        if fault == "rotary part first":
+            query = jnp.concatenate([query[..., nope:], query[..., :nope]], -1)
+        if fault == "the future":
+            latent = jnp.roll(latent, -1, 0)
+        if fault == "one value for all heads":
+            expand = expand[0], jnp.broadcast_to(expand[1][:, :1], expand[1].shape)
+        if fault == "fixed expansions":
+            expand = jax.lax.stop_gradient(expand)
+        if fault == "quantized ones as stored":
+            expand = tuple(x.qvalue.astype(x.dtype) if isinstance(x, QuantizedArray) else x for x in expand)
+        out, _ = ReferenceMixer(ids).attend_latent(layer, query, latent, rope_key, expand, scale=scale)
+        if fault == "NaN for padding":
+            out = jnp.where((self.segment_ids != 0).reshape(-1, 1, 1), out, jnp.float32(np.nan))
+        if fault == "flat heads":
+            return out.reshape(len(out), -1), self
+        return out, (self, jnp.zeros(())) if fault == "another structure" else self
 
     def recur(self, layer, recurrence, inputs):
         fault, ids = self.fault, self.segment_ids
@@ -110,6 +136,20 @@ FAULTS = [
     "totals batch-major",
 ]
 
+LATENT_FAULTS = [
+    "segments are one",
+    "another scale",
+    "no rotary part",
+    "rotary part first",
+    "the future",
+    "one value for all heads",
+    "fixed expansions",
+    "quantized ones as stored",
+    "NaN for padding",
+    "flat heads",
+    "another structure",
+]
+
 RECUR_FAULTS = [
     "state outlives its segment",
     "padding is a token",
@@ -136,14 +176,23 @@ def test_broken_mixers_are_rejected(fault):
         check_mixer(lambda segments: MutantMixer(segments, fault), cases=[case])
 
 
+@pytest.mark.parametrize("fault", LATENT_FAULTS)
+def test_broken_latent_attention_is_rejected(fault):
+    with pytest.raises(ConformanceError, match=r"Mixer: .*attend_latent"):
+        check_mixer(lambda segments: MutantMixer(segments, f"latents: {fault}"), cases=[])
+
+
 @pytest.mark.parametrize("fault", RECUR_FAULTS)
 def test_broken_recurrences_of_mixers_are_rejected(fault):
     with pytest.raises(ConformanceError, match=r"Mixer: .*recur"):
         check_mixer(lambda segments: MutantMixer(segments, fault), cases=[])
 
 
-def test_a_mixer_may_not_offer_recurrences():
+def test_a_mixer_may_offer_attention_alone():
     class Attends(ReferenceMixer):
+        def attend_latent(self, *args, **options):
+            raise NotImplementedError("Attends.attend_latent")
+
         def recur(self, layer, recurrence, inputs):
             raise NotImplementedError("Attends.recur")
 

@@ -1,6 +1,7 @@
 """Mixers over a paged cache, what a model's forward is given in place of the dense mixer of training.
 
-The cache of a layer is two arrays ``[pages, kv_heads, page_size, dim]``. A mixed step attends inside its chunks, and
+The cache of a layer is two arrays ``[pages, kv_heads, page_size, dim]``, or one ``[pages, 1, page_size, dim]`` of
+latents with their rotary keys. A mixed step attends inside its chunks, and
 from single tokens to the pages of their sequences; all are written to their pages. Decode works for several steps on
 copies of its sequences' pages, with room for the new tokens at the end, ``[rows, kv_heads, context + steps, dim]``;
 afterwards `DecodeMixer.store` writes the new ones to their pages. What recurrent layers keep is in `states`.
@@ -14,13 +15,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from dovetail_engine.states import Pieces, advance, run_pieces
-from dovetail_kernels import gather_pages, paged_attention, update_pages
+from dovetail_kernels import einsum, gather_pages, paged_attention, paged_latent_attention, update_pages
 from dovetail_protocols import Recurrence
 
 __all__ = ["Cache", "DecodeMixer", "MixedMixer"]
 
 Cache = tuple[Any, ...]
-"""Keys and values of every layer, or the `States` of a recurrent one."""
+"""Keys and values of every layer, latents alone, or the `States` of a recurrent one."""
 _HIDDEN = -1e30  # finite: a row that sees nothing must not become NaN
 
 
@@ -28,14 +29,6 @@ class _Mixer:
     def totals(self, values: Float[Array, "tokens values"]) -> Float[Array, "sequences values"]:
         """Return no rows: whoever serves wants no losses. See `dovetail_protocols.Mixer.totals`."""
         return values[:0]
-
-    def attend_latent(self, *_: Any, **__: Any) -> Any:
-        """Not offered.
-
-        Raises:
-            NotImplementedError: always.
-        """
-        raise NotImplementedError(f"{type(self).__name__}.attend_latent: this engine has no latent cache yet")
 
 
 @jax.tree_util.register_dataclass
@@ -94,28 +87,55 @@ class MixedMixer(_Mixer):
         sinks: Float[Array, " heads"] | None = None,
     ) -> tuple[Float[Array, "tokens heads value_dim"], "MixedMixer"]:
         """See `dovetail_protocols.Mixer.attend`."""
+        return self._attend(layer, query, (key, value), _Logits(scale, softcap, sinks, window))
+
+    def attend_latent(
+        self,
+        layer: int,
+        query: Float[Array, "tokens heads key_dim"],
+        latent: Float[Array, "tokens latent_dim"],
+        rope_key: Float[Array, "tokens rope_dim"],
+        expand: tuple[Any, Any],
+        *,
+        scale: float,
+    ) -> tuple[Float[Array, "tokens heads value_dim"], "MixedMixer"]:
+        """See `dovetail_protocols.Mixer.attend_latent`: absorbed, all heads read the one cached vector of a token."""
+        absorbed, token = _absorbed(query, latent, rope_key, expand[0])
+        mixed, mixer = self._attend(layer, absorbed, (token,), _Logits(scale))
+        return einsum("thl,lhv->thv", mixed[..., : latent.shape[1]], expand[1]), mixer
+
+    def _attend(
+        self, layer: int, query: jax.Array, new: tuple[jax.Array, ...], kind: "_Logits"
+    ) -> tuple[jax.Array, "MixedMixer"]:
+        """Attend to what is cached and new: keys and values, or one array that is both."""
         pools = self.cache[layer]
         slots = self.positions % pools[0].shape[2]
-        keys, values = (update_pages(pool, x, self.pages, slots) for pool, x in zip(pools, (key, value), strict=True))
-        mixed = self._chunks((keys, values), query, key, value, window, _Logits(scale, softcap, sinks))
-        newest = query.at[self.newest].get(mode="clip")
-        alone = paged_attention(
-            newest, keys, values, self.tables, self.lengths, scale=scale, window=window, softcap=softcap, sinks=sinks
-        )
-        cache = (*self.cache[:layer], (keys, values), *self.cache[layer + 1 :])
+        pools = tuple(update_pages(pool, x, self.pages, slots) for pool, x in zip(pools, new, strict=True))
+        mixed = self._chunks(pools, query, new, kind)
+        alone = self._alone(pools, query.at[self.newest].get(mode="clip"), kind)
+        cache = (*self.cache[:layer], pools, *self.cache[layer + 1 :])
         return mixed.at[self.newest].set(alone, mode="drop"), dataclasses.replace(self, cache=cache)
 
-    def _chunks(
-        self, held: Any, query: jax.Array, key: jax.Array, value: jax.Array, window: int | None, kind: "_Logits"
-    ) -> Float[Array, "tokens heads value_dim"]:
-        near_k, near_v = (x.astype(pool.dtype).transpose(1, 0, 2) for x, pool in zip((key, value), held, strict=True))
-        seen = self._inside(window)
-        if self.context is not None:
-            near_k, near_v = (
-                jnp.concatenate([self._held(pool), x], 1) for x, pool in zip((near_k, near_v), held, strict=True)
+    def _alone(self, pools: tuple[Any, ...], newest: jax.Array, kind: "_Logits") -> jax.Array:
+        if len(pools) == 1:
+            latents = jnp.squeeze(pools[0], 1)
+            width = latents.shape[2]
+            return paged_latent_attention(
+                newest, latents, self.tables, self.lengths, latent_dim=width, scale=kind.scale
             )
-            seen = jnp.concatenate([self._before(held[0].shape[2], window), seen], 1)
-        grouped = _groups(query, key.shape[1]).transpose(1, 2, 0, 3)  # [kv_heads, group, tokens, dim]
+        keys, values = pools
+        return paged_attention(newest, keys, values, self.tables, self.lengths, **kind._asdict())
+
+    def _chunks(
+        self, pools: tuple[Any, ...], query: jax.Array, new: tuple[jax.Array, ...], kind: "_Logits"
+    ) -> Float[Array, "tokens heads value_dim"]:
+        near = tuple(x.astype(pool.dtype).transpose(1, 0, 2) for x, pool in zip(new, pools, strict=True))
+        seen = self._inside(kind.window)
+        if self.context is not None:
+            near = tuple(jnp.concatenate([self._held(pool), x], 1) for x, pool in zip(near, pools, strict=True))
+            seen = jnp.concatenate([self._before(pools[0].shape[2], kind.window), seen], 1)
+        near_k, near_v = near[0], near[-1]
+        grouped = _groups(query, near_k.shape[0]).transpose(1, 2, 0, 3)  # [kv_heads, group, tokens, dim]
         products = jnp.einsum("kgtd,ksd->kgts", grouped, near_k.astype(query.dtype))
         weights, total = kind.softmax(products, seen, (*grouped.shape[:2], 1, 1))
         mixed = jnp.einsum("kgts,ksd->kgtd", weights.astype(query.dtype), near_v.astype(query.dtype)) / total
@@ -146,8 +166,8 @@ class DecodeMixer(_Mixer):
     """Attention of one token per row to the row's context and to the tokens that this program made before.
 
     Attributes:
-        work: per layer, keys and values ``[rows, kv_heads, context + steps, dim]``; states ``[rows, *shape]`` where
-            it is recurrent.
+        work: per layer, keys and values ``[rows, kv_heads, context + steps, dim]``, or latents; states
+            ``[rows, *shape]`` where it is recurrent.
         lengths: int ``[rows]``: cached tokens per row when the program began.
         step: how many tokens it made before this one.
         steps: room for new tokens.
@@ -210,18 +230,39 @@ class DecodeMixer(_Mixer):
         sinks: Float[Array, " heads"] | None = None,
     ) -> tuple[Float[Array, "rows heads value_dim"], "DecodeMixer"]:
         """See `dovetail_protocols.Mixer.attend`."""
+        return self._attend(layer, query, (key, value), _Logits(scale, softcap, sinks, window))
+
+    def attend_latent(
+        self,
+        layer: int,
+        query: Float[Array, "rows heads key_dim"],
+        latent: Float[Array, "rows latent_dim"],
+        rope_key: Float[Array, "rows rope_dim"],
+        expand: tuple[Any, Any],
+        *,
+        scale: float,
+    ) -> tuple[Float[Array, "rows heads value_dim"], "DecodeMixer"]:
+        """See `dovetail_protocols.Mixer.attend_latent`: absorbed, all heads read the one cached vector of a token."""
+        absorbed, token = _absorbed(query, latent, rope_key, expand[0])
+        mixed, mixer = self._attend(layer, absorbed, (token,), _Logits(scale))
+        return einsum("thl,lhv->thv", mixed[..., : latent.shape[1]], expand[1]), mixer
+
+    def _attend(
+        self, layer: int, query: jax.Array, new: tuple[jax.Array, ...], kind: "_Logits"
+    ) -> tuple[jax.Array, "DecodeMixer"]:
+        """Attend to what was copied and is new: keys and values, or one array that is both."""
         context = self.work[layer][0].shape[2] - self.steps
         at = (0, 0, context + self.step, 0)
-        keys, values = (
-            jax.lax.dynamic_update_slice(held, x[:, :, None].astype(held.dtype), at)
-            for held, x in zip(self.work[layer], (key, value), strict=True)
+        held = tuple(
+            jax.lax.dynamic_update_slice(old, x[:, :, None].astype(old.dtype), at)
+            for old, x in zip(self.work[layer], new, strict=True)
         )
-        grouped = _groups(query, key.shape[1])
-        products = jnp.einsum("rkgd,rksd->rkgs", grouped, keys.astype(query.dtype))
-        seen = self._seen(context, window)[:, None, None]
-        weights, total = _Logits(scale, softcap, sinks).softmax(products, seen, (1, *grouped.shape[1:3], 1))
-        mixed = jnp.einsum("rkgs,rksd->rkgd", weights.astype(query.dtype), values.astype(query.dtype)) / total
-        work = (*self.work[:layer], (keys, values), *self.work[layer + 1 :])
+        grouped = _groups(query, new[0].shape[1])
+        products = jnp.einsum("rkgd,rksd->rkgs", grouped, held[0].astype(query.dtype))
+        seen = self._seen(context, kind.window)[:, None, None]
+        weights, total = kind.softmax(products, seen, (1, *grouped.shape[1:3], 1))
+        mixed = jnp.einsum("rkgs,rksd->rkgd", weights.astype(query.dtype), held[-1].astype(query.dtype)) / total
+        work = (*self.work[:layer], held, *self.work[layer + 1 :])
         return mixed.astype(query.dtype).reshape(*query.shape[:2], -1), dataclasses.replace(self, work=work)
 
     def _seen(self, context: int, window: int | None) -> jax.Array:
@@ -241,12 +282,23 @@ def _groups(query: jax.Array, kv_heads: int) -> jax.Array:
     return query.reshape(tokens, kv_heads, heads // kv_heads, dim)
 
 
+def _absorbed(
+    query: jax.Array, latent: jax.Array, rope_key: jax.Array, expand: Any
+) -> tuple[Float[Array, "tokens heads dim"], Float[Array, "tokens 1 dim"]]:
+    """Return the query for latents in place of keys, and what is cached: the latent and the rotary key of a token."""
+    nope = query.shape[2] - rope_key.shape[1]
+    inner = einsum("thn,lhn->thl", query[..., :nope], expand)
+    token = jnp.concatenate([latent, rope_key], axis=-1)[:, None]
+    return jnp.concatenate([inner, query[..., nope:]], axis=-1), token
+
+
 class _Logits(NamedTuple):
-    """How products of queries and keys become weights."""
+    """How products of queries and keys become weights, and which keys count."""
 
     scale: float
-    softcap: float | None
-    sinks: jax.Array | None
+    softcap: float | None = None
+    sinks: jax.Array | None = None
+    window: int | None = None
 
     def softmax(self, products: jax.Array, seen: jax.Array, heads: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
         """Return exponentials and their sums: fewer numbers are divided after the product with the values.

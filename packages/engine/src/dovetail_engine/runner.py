@@ -17,7 +17,15 @@ from dovetail_engine.scheduler import Sequence as Row
 from dovetail_engine.states import Pieces
 from dovetail_engine.steps import Build, DecodeBatch, MixedBatch, Sampled, decode, mixed
 from dovetail_kernels import Sampling
-from dovetail_protocols import CacheSpec, FullCache, RecurrentCache, SamplingParams, TokenLogprob, WindowCache
+from dovetail_protocols import (
+    CacheSpec,
+    FullCache,
+    LatentCache,
+    RecurrentCache,
+    SamplingParams,
+    TokenLogprob,
+    WindowCache,
+)
 
 __all__ = ["Produced", "Runner", "Sizes"]
 
@@ -252,11 +260,14 @@ class RowSampling:
 def _cache_form(spec: CacheSpec, sizes: Sizes, dtype: Any) -> Any:
     if isinstance(spec, RecurrentCache):
         return {name: jax.ShapeDtypeStruct((sizes.rows + 1, *shape), jnp.float32) for name, shape in spec.state}
-    if not isinstance(spec, FullCache | WindowCache):
-        kinds = "FullCache, WindowCache or RecurrentCache"
+    if isinstance(spec, LatentCache):
+        heads, dims = 1, (spec.latent_dim + spec.rope_dim,)
+    elif isinstance(spec, FullCache | WindowCache):
+        heads, dims = spec.kv_heads, (spec.key_dim, spec.value_dim)
+    else:
+        kinds = "FullCache, WindowCache, LatentCache or RecurrentCache"
         raise ValueError(f"the model has a layer with {type(spec).__name__}; expected {kinds}")
-    dims = spec.key_dim, spec.value_dim
-    return tuple(jax.ShapeDtypeStruct((sizes.pages, spec.kv_heads, sizes.page, dim), dtype) for dim in dims)
+    return tuple(jax.ShapeDtypeStruct((sizes.pages, heads, sizes.page, dim), dtype) for dim in dims)
 
 
 def _states(chunks: Sequence[Chunk]) -> list[tuple[int, int, int, bool]]:

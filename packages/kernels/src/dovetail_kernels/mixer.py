@@ -11,6 +11,7 @@ from dovetail_kernels.attention import attention
 from dovetail_kernels.masks import causal, segments
 from dovetail_kernels.masks import window as sliding
 from dovetail_kernels.operation import Wanted
+from dovetail_kernels.seam import einsum
 
 __all__ = ["DenseMixer"]
 
@@ -88,13 +89,24 @@ class DenseMixer:
         )  # fmt: skip
         return out.reshape(-1, *out.shape[2:]), self
 
-    def attend_latent(self, *_: Any, **__: Any) -> Any:
-        """Not offered.
+    def attend_latent(
+        self,
+        layer: int,
+        query: Float[Array, "tokens heads key_dim"],
+        latent: Float[Array, "tokens latent_dim"],
+        rope_key: Float[Array, "tokens rope_dim"],
+        expand: tuple[Any, Any],
+        *,
+        scale: float,
+    ) -> tuple[Float[Array, "tokens heads value_dim"], "DenseMixer"]:
+        """Attend with the expanded keys and values. See `dovetail_protocols.Mixer.attend_latent`.
 
         Raises:
-            NotImplementedError: always.
+            ValueError: as `attend`.
         """
-        raise NotImplementedError("DenseMixer.attend_latent: latent attention is not offered by this mixer yet")
+        keys, values = (einsum("tl,lhd->thd", latent, weight) for weight in expand)
+        shared = jnp.broadcast_to(rope_key[:, None], (*keys.shape[:2], rope_key.shape[1]))
+        return self.attend(layer, query, jnp.concatenate([keys, shared], axis=-1), values, scale=scale)
 
     def totals(self, values: Float[Array, "tokens values"]) -> Float[Array, "sequences values"]:
         """Return the sums over the tokens of each sequence, see `dovetail_protocols.Mixer.totals`.

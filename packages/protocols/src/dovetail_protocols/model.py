@@ -148,14 +148,24 @@ class Mixer(Protocol):
         query: Float[Array, "tokens heads key_dim"],
         latent: Float[Array, "tokens latent_dim"],
         rope_key: Float[Array, "tokens rope_dim"],
-        expand: Any,
+        expand: tuple[Any, Any],
         *,
         scale: float,
     ) -> tuple[Float[Array, "tokens heads value_dim"], "Mixer"]:
-        """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434).
+        """Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434), causal within each sequence.
 
-        `expand` holds the up-projection ``[latent_dim, heads, nope_dim + value_dim]``; a mixer applies it to the
-        cached latents or absorbs it into the query, with the same result.
+        A head's key is the expanded latent of a token, followed by the rotary key that all heads share; its value is
+        another expansion of the same latent. A mixer expands the latents (naive), or caches them and multiplies the
+        query and the mixed latents with the expansions instead (absorbed); the numbers are the same.
+
+        Args:
+            layer: index of the calling layer, as in `LanguageModel.cache_specs`, which has a `LatentCache` there.
+            query: one vector per token and head: `nope_dim` features, then `rope_dim` that are rotated.
+            latent: one vector per token, normalised.
+            rope_key: one vector per token, rotated.
+            expand: weights ``[latent_dim, heads, nope_dim]`` of the keys and ``[latent_dim, heads, value_dim]`` of the
+                values, arrays or QuantizedArrays.
+            scale: factor of the logits.
         """
         ...
 

@@ -9,6 +9,7 @@ import numpy as np
 
 from dovetail_protocols.testing import reference
 from dovetail_protocols.testing._rules import close_to, require
+from dovetail_protocols.testing.latent import check_latent
 from dovetail_protocols.testing.recurrence import check_recur
 
 __all__ = ["MixerCase", "check_mixer"]
@@ -64,6 +65,7 @@ def check_mixer(
         )
         require(callable(getattr(mixer, name, None)), rule, missing=name)
     check_recur(make_mixer, tolerance)
+    check_latent(make_mixer, _segments(MixerCase()), tolerance)
     for full in (True, False):
         _check_totals(make_mixer, _segments(MixerCase(full=full)))
 

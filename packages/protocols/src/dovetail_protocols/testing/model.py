@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from dovetail_protocols.model import FullCache, LanguageModel, RecurrentCache, WindowCache
+from dovetail_protocols.model import FullCache, LanguageModel, LatentCache, WindowCache
 from dovetail_protocols.quantized import QuantizedArray
 from dovetail_protocols.testing._rules import close_to, difference, require
 from dovetail_protocols.testing.quantized import FakeQuantized
@@ -123,7 +123,7 @@ def _check_pure(run: _Run, tokens: np.ndarray) -> None:
 
 @jax.tree_util.register_pytree_node_class
 class _Recorder:
-    """A mixer that notes each call of `attend` and `recur` and passes it on."""
+    """A mixer that notes each call and passes it on."""
 
     def __init__(self, inner: Any, calls: list[tuple[int, Any]]) -> None:
         self.inner, self.calls = inner, calls
@@ -141,6 +141,13 @@ class _Recorder:
         shape = (key.shape[1], key.shape[2], value.shape[2])
         self.calls.append((layer, FullCache(*shape) if window is None else WindowCache(*shape, window)))
         out, inner = self.inner.attend(layer, query, key, value, window=window, **options)
+        return out, _Recorder(inner, self.calls)
+
+    def attend_latent(
+        self, layer: int, query: Any, latent: Any, rope_key: Any, expand: Any, *, scale: float
+    ) -> tuple[Any, "_Recorder"]:
+        self.calls.append((layer, LatentCache(latent.shape[1], rope_key.shape[1])))
+        out, inner = self.inner.attend_latent(layer, query, latent, rope_key, expand, scale=scale)
         return out, _Recorder(inner, self.calls)
 
     def recur(self, layer: int, recurrence: Any, inputs: Any) -> tuple[Any, "_Recorder"]:
@@ -165,8 +172,6 @@ class _Identity:
 
 def _check_caches(run: _Run, tokens: np.ndarray) -> None:
     specs = list(run.model.cache_specs())
-    if not all(isinstance(spec, FullCache | WindowCache | RecurrentCache) for spec in specs):
-        return
     calls: list[tuple[int, Any]] = []
     ids, positions, mixer = run.arguments(tokens)
     jax.eval_shape(run.model.hidden, ids, positions, _Recorder(mixer, calls))

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dovetail_protocols.model import Recurrence
+from dovetail_protocols.quantized import QuantizedArray
 
 __all__ = ["ReferenceMixer", "attention", "walk"]
 
@@ -123,9 +124,21 @@ class ReferenceMixer:
         out = jnp.where((self.segment_ids != 0)[:, :, None, None], out, jnp.float32(0))
         return out.astype(value.dtype).reshape(batch * time, *out.shape[2:]), self
 
-    def attend_latent(self, *args: Any, **options: Any) -> Any:
-        """Not offered."""
-        raise NotImplementedError("ReferenceMixer does not offer attend_latent; use another mixer")
+    def attend_latent(
+        self,
+        layer: int,
+        query: Float[Array, "tokens heads key_dim"],
+        latent: Float[Array, "tokens latent_dim"],
+        rope_key: Float[Array, "tokens rope_dim"],
+        expand: tuple[Any, Any],
+        *,
+        scale: float,
+    ) -> tuple[Float[Array, "tokens heads value_dim"], "ReferenceMixer"]:
+        """Return attention with the expanded keys and values, see `Mixer.attend_latent`."""
+        weights = (x.dequantize() if isinstance(x, QuantizedArray) else x for x in expand)
+        keys, values = (jnp.einsum("tl,lhd->thd", latent, w.astype(latent.dtype), precision="highest") for w in weights)
+        shared = jnp.broadcast_to(rope_key[:, None], (*keys.shape[:2], rope_key.shape[1]))
+        return self.attend(layer, query, jnp.concatenate([keys, shared], -1), values, scale=scale)
 
     def totals(self, values: Float[Array, "tokens values"]) -> Float[Array, "sequences values"]:
         """Return the sums over each segment, see `Mixer.totals`; a row for every token that might begin one."""
