@@ -39,6 +39,13 @@ GRADIENTS = (
     "model.layers.1.mlp.down_proj.weight",
     "model.layers.1.mlp.gate_proj.bias",
     "model.layers.0.self_attn.sinks",
+    "model.layers.0.self_attn.q_a_proj.weight",
+    "model.layers.0.self_attn.q_a_layernorm.weight",
+    "model.layers.0.self_attn.kv_a_proj_with_mqa.weight",
+    "model.layers.0.self_attn.kv_a_proj_with_mqa.bias",
+    "model.layers.1.self_attn.kv_a_layernorm.weight",
+    "model.layers.1.self_attn.kv_b_proj.weight",
+    "model.layers.1.mlp.shared_experts.up_proj.weight",
     "model.layers.1.mlp.router.weight",
     "model.layers.1.mlp.router.bias",
     "model.layers.1.mlp.experts.gate_up_proj",
@@ -93,7 +100,10 @@ def stored_gradients(model: torch.nn.Module) -> dict[str, np.ndarray]:
 def make(name: str, case: dict[str, Any], seed: int) -> None:
     torch.manual_seed(seed)
     store = case.get("store", {})
-    values = {name: None if value is False and name.endswith("_id") else value for name, value in case["hf"].items()}
+    values = {
+        name: None if value is False and name.endswith(("_id", "_rank")) else value
+        for name, value in case["hf"].items()
+    }
     known = transformers.CONFIG_MAPPING[case["family"]]
     sizes = {name: value for name, value in SIZES.items() if hasattr(known, name)}
     config = known(**(sizes | values))

@@ -111,6 +111,46 @@ def gemma2(rng: random.Random) -> Any:
     )
 
 
+def latent(rng: random.Random) -> dict[str, Any]:
+    """Draw what models with latent attention have."""
+    values = without(sizes(rng), "head_dim", "mlp_bias")
+    values["num_key_value_heads"] = values["num_attention_heads"]
+    if rng.random() < 0.5:
+        warmth = rng.choice([{}, {"mscale": 0.7, "mscale_all_dim": 0.9}, {"mscale_all_dim": 1.0}])
+        yarn = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+        values["rope_parameters"] = {"rope_theta": 10000.0, **yarn, **warmth}
+    return values | {
+        "q_lora_rank": rng.choice([None, 7]),
+        "kv_lora_rank": rng.choice([6, 16]),
+        "qk_nope_head_dim": rng.choice([4, 8]),
+        "qk_rope_head_dim": rng.choice([2, 8]),
+        "v_head_dim": rng.choice([4, 9]),
+        "n_routed_experts": 8,
+        "n_shared_experts": rng.choice([1, 2]),
+        "num_experts_per_tok": rng.randint(1, 4),
+        "n_group": rng.choice([2, 4]),
+        "topk_group": rng.choice([1, 2]),
+        "moe_intermediate_size": rng.randint(4, 12),
+        "first_k_dense_replace": rng.choice([0, 0, 1]),
+        "routed_scaling_factor": rng.choice([1.0, 2.5]),
+    }
+
+
+def deepseek_v2(rng: random.Random) -> Any:
+    values = latent(rng)
+    values["num_experts_per_tok"] = min(values["num_experts_per_tok"], 2)
+    return transformers.DeepseekV2Config(
+        **values, mlp_bias=rng.random() < 0.4, topk_method=rng.choice(["greedy", "group_limited_greedy"])
+    )
+
+
+def deepseek_v3(rng: random.Random) -> Any:
+    values = latent(rng)
+    values["num_experts_per_tok"] = min(values["num_experts_per_tok"], 2)
+    interleaved = rng.random() < 0.7
+    return transformers.DeepseekV3Config(**values, norm_topk_prob=rng.random() < 0.6, rope_interleave=interleaved)
+
+
 def gpt_oss(rng: random.Random) -> Any:
     values = without(sizes(rng), "mlp_bias")
     values["head_dim"] = values["head_dim"] or 6
@@ -182,6 +222,8 @@ def smollm3(rng: random.Random) -> Any:
 
 
 FAMILIES: dict[str, Callable[[random.Random], Any]] = {
+    "deepseek_v2": deepseek_v2,
+    "deepseek_v3": deepseek_v3,
     "gemma2": gemma2,
     "gpt_oss": gpt_oss,
     "llama": llama,

@@ -28,6 +28,8 @@ SCHEDULES = {
 SEEDS = (0, 1, 2, 3, 5, 8, 9, 17)
 CASES = [("llama", seed, tuple(SCHEDULES) if not i else (tuple(SCHEDULES)[i % 4],)) for i, seed in enumerate(SEEDS)]
 OTHERS = {
+    "deepseek_v2": 3,
+    "deepseek_v3": 3,
     "gemma2": 1,
     "gpt_oss": 2,
     "mamba2": 2,

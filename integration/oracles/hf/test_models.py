@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from families import FAMILIES, load_theirs, random_config, widened
+from families import EAGER, FAMILIES, load_theirs, random_config, widened
 from flax import nnx
+from transformers.modeling_layers import MtpModel
 
 from dovetail_kernels import DenseMixer, LinearScaling, Llama3Scaling, YarnScaling, linear_cross_entropy
 from dovetail_models import Llama, LlamaConfig, from_pretrained, merge, save_pretrained, split, weight_map
-from dovetail_weights import open_directory, save
+from dovetail_weights import open_directory, save, write_directory
 
 BATCH, TIME = 2, 37
 
@@ -126,3 +127,54 @@ def test_balancing_loss_of_one_sequence(tmp_path: Path) -> None:
     )
     total, weight = aux["loss/balance"]
     np.testing.assert_allclose(total / weight, expected, rtol=1e-5)
+
+
+def with_heads(seed: int, heads: int, folder: Path) -> tuple[Any, Any]:
+    """Store a DeepSeek-V3 with heads that look ahead; return it and its heads, as transformers builds them.
+
+    A head's block is a layer, and is stored as one after the last: so it is made as one of a deeper model.
+    """
+    config = random_config(seed, "deepseek_v3")
+    layers, config.first_k_dense_replace = config.num_hidden_layers, 0
+    config.num_hidden_layers += heads
+    deep = widened(config, seed)
+    deep.save_pretrained(folder / "deep")
+    config.num_hidden_layers, config.num_nextn_predict_layers = layers, heads
+    main = transformers.AutoModelForCausalLM.from_config(config, **EAGER).float().eval()
+    main.load_state_dict(deep.state_dict(), strict=False)
+    ahead = MtpModel(main, heads).float().eval()
+    stored = open_directory(folder / "deep")
+    tensors = {name: stored.read(name) for name in stored}
+    for i, head in enumerate(ahead.layers):
+        head.mtp_block.load_state_dict(deep.model.layers[layers + i].state_dict())
+        named = {"enorm": head.enorm, "hnorm": head.hnorm, "eh_proj": head.eh_proj, "shared_head.norm": head.post_norm}
+        for name, module in named.items():
+            torch.nn.init.uniform_(module.weight, -0.3 if name == "eh_proj" else 0.5, 0.8)
+            tensors[f"model.layers.{layers + i}.{name}.weight"] = module.weight.detach().numpy()
+    config.architectures = ["DeepseekV3ForCausalLM"]
+    write_directory(folder / "all", tensors, extra_files={"config.json": config.to_json_string(use_diff=False)})
+    return main, ahead
+
+
+@pytest.mark.parametrize(("seed", "heads"), [(1, 1), (7, 2)])
+def test_heads_that_look_ahead(seed: int, heads: int, tmp_path: Path) -> None:
+    """The states of DeepSeek-V3's prediction heads are others than there, or a checkpoint loses them."""
+    main, ahead = with_heads(seed, heads, tmp_path)
+    model = from_pretrained(tmp_path / "all")
+    tokens, targets = batch(seed, model.vocab_size)
+    positions, mixer = jnp.tile(jnp.arange(TIME, dtype=jnp.int32), BATCH), DenseMixer.of(jnp.asarray(tokens, jnp.int32))
+    hidden, _, _ = model.hidden(jnp.asarray(tokens.reshape(-1), jnp.int32), positions, mixer)
+    with torch.no_grad():
+        state, places = main.model(torch.from_numpy(tokens)).last_hidden_state, torch.arange(TIME).repeat(BATCH, 1)
+        for i in range(heads):
+            following = np.roll(targets, -i, 1)
+            flat = jnp.asarray(following.reshape(-1), jnp.int32)
+            hidden, _, _ = model.look_ahead(hidden, flat, positions, mixer, head=i)
+            state = ahead.forward_layer(i, state, places, None, input_ids=torch.from_numpy(following))
+            np.testing.assert_allclose(hidden.reshape(state.shape), state.numpy(), atol=1e-4)
+    before, after = open_directory(tmp_path / "all"), open_directory(save_pretrained(model, tmp_path / "again"))
+    assert set(before) == set(after)
+    assert all(np.array_equal(before.read(name), after.read(name)) for name in before)
+    with torch.no_grad():
+        again = load_theirs(tmp_path / "again")(torch.from_numpy(tokens)).logits
+        assert torch.equal(again, main(torch.from_numpy(tokens)).logits)

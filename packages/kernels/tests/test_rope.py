@@ -198,3 +198,19 @@ def test_bad_arrays() -> None:
         rope_table(jnp.ones(3), frequencies)
     with pytest.raises(TypeError, match="x has dtype int32; expected a float"):
         rope(jnp.ones((3, 2, 8), jnp.int32), table)
+
+
+def test_warmth_of_yarn() -> None:
+    """The factor of cosines and sines, and of all logits, as DeepSeek's checkpoints ask for them."""
+    log = np.log(40.0)
+    plain, both = YarnScaling(40.0, 4096), YarnScaling(40.0, 4096, mscale=0.7, mscale_all_dim=0.9)
+    np.testing.assert_allclose([plain.warmth, plain.logit_factor], [0.1 * log + 1, 1.0])
+    np.testing.assert_allclose(
+        [both.warmth, both.logit_factor], [(0.07 * log + 1) / (0.09 * log + 1), (0.09 * log + 1) ** 2]
+    )
+    one = YarnScaling(40.0, 4096, mscale_all_dim=1.0)
+    np.testing.assert_allclose([one.warmth, one.logit_factor], [0.1 * log + 1, (0.1 * log + 1) ** 2])
+    assert YarnScaling(40.0, 4096, attention_factor=1.3, mscale=0.7, mscale_all_dim=0.9).warmth == 1.3
+    assert YarnScaling(0.5, 4096, mscale_all_dim=1.0).logit_factor == 1.0
+    with pytest.raises(ValueError, match="expected mscale to be a number of at least 0"):
+        YarnScaling(40.0, 4096, mscale=-1.0)

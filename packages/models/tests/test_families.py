@@ -13,6 +13,10 @@ from dovetail_kernels import DenseMixer, YarnScaling
 from dovetail_models import (
     FAMILIES,
     ConfigError,
+    DeepseekV2,
+    DeepseekV2Config,
+    DeepseekV3,
+    DeepseekV3Config,
     Gemma2,
     Gemma2Config,
     GptOss,
@@ -44,12 +48,24 @@ from dovetail_models import (
 from dovetail_models.decoder import Block
 from dovetail_models.family import family_of
 from dovetail_models.llama import FAMILY
-from dovetail_protocols import FullCache, LanguageModel, WindowCache, paths
+from dovetail_protocols import FullCache, LanguageModel, LatentCache, WindowCache, paths
 from dovetail_protocols.testing import check_language_model
 
 SIZES = {"vocab_size": 24, "features": 8, "hidden": 12, "layers": 2, "heads": 4, "kv_heads": 2, "init_std": 0.5}
 RECURRENT = {name: SIZES[name] for name in ("vocab_size", "features", "layers", "init_std")}
+LATENT = {name: value for name, value in SIZES.items() if name != "kv_heads"} | {
+    **{"latent_dim": 6, "nope_dim": 4, "rope_dim": 2, "value_dim": 3, "experts": 4, "top_k": 2},
+    **{"expert_hidden": 5, "shared_experts": 2, "first_dense": 1},
+}
 MODELS: dict[str, tuple[Any, Any]] = {
+    "deepseek_v2": (
+        DeepseekV2,
+        DeepseekV2Config(**LATENT, query_rank=None, expert_groups=2, kept_groups=1, mlp_bias=True, balanced=True),
+    ),
+    "deepseek_v3": (
+        DeepseekV3,
+        DeepseekV3Config(**LATENT, query_rank=5, expert_groups=2, kept_groups=2, attention_bias=True, ahead=1),
+    ),
     "gemma2": (Gemma2, Gemma2Config(**SIZES, head_dim=6, windows=(3, None), query_dim=5, attention_softcap=2.0)),
     "gpt_oss": (GptOss, GptOssConfig(**SIZES, head_dim=6, experts=3, top_k=2, windows=(3, None), alpha=1.5, limit=0.5)),
     "olmo2": (Olmo2, Olmo2Config(**SIZES, attention_bias=True)),
@@ -101,6 +117,8 @@ def test_caches_follow_the_windows() -> None:
     """An engine that keeps less than a layer sees answers wrongly, one that keeps more wastes memory."""
     mistral, qwen2 = (MODELS[name][0](MODELS[name][1], rngs=nnx.Rngs(0)) for name in ("mistral", "qwen2"))
     assert mistral.cache_specs() == (WindowCache(2, 2, 2, 3),) * 2
+    build, config = MODELS["deepseek_v3"]
+    assert build(config, rngs=nnx.Rngs(0)).cache_specs() == (LatentCache(6, 2),) * 2
     assert qwen2.cache_specs() == (FullCache(2, 2, 2), WindowCache(2, 2, 2, 2))
 
 
@@ -112,6 +130,8 @@ def test_caches_follow_the_windows() -> None:
         Qwen2Config(**SIZES, windows=(5, None)),
         Qwen3Config(**SIZES, head_dim=2),
         Qwen3MoeConfig(**SIZES, expert_hidden=6, experts=4, top_k=4, dense_layers=(1,), renormalize=True),
+        DeepseekV2Config(**LATENT, query_rank=3, rope_scaling=YarnScaling(4.0, 16, mscale=0.7, mscale_all_dim=0.8)),
+        DeepseekV3Config(**LATENT, query_rank=None, expert_groups=1, kept_groups=1, renormalize=False),
     ],
     ids=str,
 )
@@ -134,6 +154,10 @@ def test_there_and_back(config: Any) -> None:
         ("mixtral", {}, {"experts": 8, "top_k": 2, "window": None, "rope_theta": 1e6, "balanced": False}),
         ("qwen3_moe", {}, {"experts": 128, "top_k": 8, "renormalize": False, "expert_hidden": 768, "kv_heads": 4}),
         ("qwen3_moe", {"num_local_experts": 9, "use_sliding_window": True}, {"experts": 9, "window": 4096}),
+        ("deepseek_v2", {"num_experts_per_tok": 6}, {"query_rank": 1536, "expert_groups": None, "shared_experts": 2}),
+        ("deepseek_v2", {"num_experts_per_tok": 6, "q_lora_rank": None}, {"query_rank": None, "first_dense": 0}),
+        ("deepseek_v3", {}, {"experts": 256, "top_k": 8, "expert_groups": 8, "kept_groups": 4, "routed_scale": 2.5}),
+        ("deepseek_v3", {}, {"renormalize": True, "ahead": 1, "first_dense": 3, "interleaved": True, "rope_dim": 64}),
         ("gpt_oss", {}, {"experts": 128, "top_k": 4, "windows": (128, None), "attention_bias": True, "head_dim": 64}),
         ("gpt_oss", {}, {"rope_scaling": YarnScaling(32.0, 4096, truncate=False), "rope_theta": 150000.0}),
         ("gpt_oss", {"rope_parameters": {"rope_type": "default"}}, {"rope_scaling": None, "rope_theta": 150000.0}),
@@ -171,6 +195,7 @@ def test_what_is_absent_is_as_in_transformers(config: str, changes: dict[str, An
         ("qwen3_moe", {"mlp_only_layers": [0.5]}, r"mlp_only_layers=\[0.5\]; expected a list of indices"),
         ("qwen3_moe", {"decoder_sparse_step": 0}, "sparse_step=0"),
         ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 0}, "window=0"),
+        ("deepseek_v2", {"num_experts_per_tok": 2}, "num_key_value_heads=2; expected 4"),
         ("gpt_oss", {"experts_per_token": 2}, "experts_per_token=2, num_experts_per_tok=4; expected one number"),
         ("gpt_oss", {"swiglu_limit": 0.0}, "limit=0.0"),
         ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4.*; quantized checkpoints are not read"),
@@ -183,6 +208,31 @@ def test_refused(model_type: str, changes: dict[str, Any], message: str) -> None
     sizes = dict(zip(names, (24, 8, 12, 2, 4), strict=True))
     with pytest.raises(ConfigError, match=message):
         config_from_hf({"model_type": model_type, "num_key_value_heads": 2, **sizes, **changes})
+
+
+@pytest.mark.parametrize(
+    ("version", "changes", "message"),
+    [
+        (2, {"num_experts_per_tok": None}, "num_experts_per_tok=None; expected an int"),
+        (2, {"topk_method": "noaux_tc"}, "topk_method='noaux_tc'; expected 'greedy' or 'group_limited_greedy'"),
+        (2, {"topk_method": "group_limited_greedy"}, "n_group=None; expected an int"),
+        (2, {"norm_topk_prob": True}, "norm_topk_prob=True; only False"),
+        (2, {"scoring_func": "sigmoid"}, "scoring_func='sigmoid'; only 'softmax'"),
+        (2, {"kv_lora_rank": 0}, "latent_dim=0"),
+        (2, {"qk_rope_head_dim": 3}, "dim=3"),
+        (3, {"n_group": 3}, "expert_groups=3, kept_groups=4; expected a divisor of 256"),
+        (3, {"n_group": 256, "topk_group": 9}, "expert_groups=256; expected groups of at least 2"),
+        (3, {"num_experts_per_tok": 200}, "top_k=200; expected at most the experts of 4 groups"),
+        (3, {"num_nextn_predict_layers": -1}, "ahead=-1"),
+        (3, {"quantization_config": {"quant_method": "fp8"}}, "quantized checkpoints are not read"),
+    ],
+)
+def test_refused_of_deepseek(version: int, changes: dict[str, Any], message: str) -> None:
+    """A way of routing that is another one there is not taken for ours."""
+    names = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+    values = dict(zip(names, (24, 8, 12, 2, 4), strict=True)) | {"num_experts_per_tok": 6}
+    with pytest.raises(ConfigError, match=message):
+        config_from_hf({"model_type": f"deepseek_v{version}", **values, **changes})
 
 
 def test_two_widths_cannot_be_written() -> None:

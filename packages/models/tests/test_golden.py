@@ -14,6 +14,7 @@ import pytest
 from dovetail_kernels import Clamped, LinearScaling, Llama3Scaling, YarnScaling
 from dovetail_models import FAMILIES, from_pretrained, merge, save_pretrained, split, weight_map
 from dovetail_models.decoder import Block
+from dovetail_models.latent import LatentAttention
 from dovetail_models.layers import GatedMLP, GroupedAttention
 from dovetail_models.moe import SparseMLP
 from dovetail_models.state_space import StateSpace
@@ -45,6 +46,9 @@ def features_of(model: Any, folder: Path) -> set[str]:
         "clamped units": any(isinstance(mlp.experts.activation, Clamped) for mlp in sparse),
         "experts in some layers": 0 < len(sparse) < config.layers,
         "normalised weights of experts": any(mlp.router.select.renormalize for mlp in sparse),
+        "shared experts": any(mlp.shared is not None for mlp in sparse),
+        "groups of experts": any(mlp.router.select.groups is not None for mlp in sparse),
+        "corrected choice of experts": any(mlp.router.select.correction for mlp in sparse),
         "norms before": any(block.before for block in blocks),
         "norms after": any(block.after for block in blocks),
         "norm epsilon": config.norm_eps != 1e-6,
@@ -53,7 +57,8 @@ def features_of(model: Any, folder: Path) -> set[str]:
         "bfloat16 checkpoint": next(iter(open_directory(folder).values())).dtype == jnp.bfloat16,
         "generation config": isinstance(raw.get("eos_token_id"), list),
     }
-    return found | {name for name, is_so in optional.items() if is_so} | recurrent_features(model)
+    others = recurrent_features(model) | latent_features(model)
+    return found | {name for name, is_so in optional.items() if is_so} | others
 
 
 def attention_features(model: Any, attentions: list[Any]) -> set[str]:
@@ -74,6 +79,15 @@ def attention_features(model: Any, attentions: list[Any]) -> set[str]:
         "head_dim != d/heads": config.dim != config.features // config.heads,
     }
     return {heads, f"rope {kinds[type(config.rope_scaling)]}", *(name for name, is_so in optional.items() if is_so)}
+
+
+def latent_features(model: Any) -> set[str]:
+    attentions = [layer.attention for layer in model.layers if isinstance(layer.attention, LatentAttention)]
+    if not attentions:
+        return set()
+    optional = {"attention bias": attentions[0].bias, "latent queries": attentions[0].has_query_latent}
+    kind = "yarn" if isinstance(model.config.rope_scaling, YarnScaling) else "default"
+    return {"latent attention", f"rope {kind}", *(name for name, is_so in optional.items() if is_so)}
 
 
 def recurrent_features(model: Any) -> set[str]:
@@ -102,7 +116,8 @@ def test_matrix_covers_the_families() -> None:
     assert covered >= {"window", "window in some layers", "norms before", "norms after", "soft caps"}
     assert covered >= {"attention sinks", "biases of experts", "clamped units"}
     assert covered >= {"layers without positions", "state space", "limited steps"}
-    assert covered >= {"experts", "experts in some layers", "normalised weights of experts"}
+    assert covered >= {"latent attention", "latent queries", "shared experts", "corrected choice of experts"}
+    assert covered >= {"experts", "groups of experts", "experts in some layers", "normalised weights of experts"}
     encoders = tomllib.loads((Path(__file__).parent / "encoders.toml").read_text())
     made = {case["family"] for case in MATRIX.values()} | {FAMILIES[e["architecture"]] for e in encoders.values()}
     assert made == set(FAMILIES.values())

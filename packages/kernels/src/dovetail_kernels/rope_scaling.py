@@ -48,7 +48,9 @@ class YarnScaling:
     """YaRN (Peng et al., arXiv:2309.00071): a ramp between interpolation and extrapolation, and warmer attention.
 
     `attention_factor` multiplies cosines and sines; None is the paper's ``0.1 ln(factor) + 1`` (1 for a factor
-    below 1). `truncate` rounds the ends of the ramp to whole features.
+    below 1), or with both `mscale` and `mscale_all_dim` the quotient of ``0.1 mscale ln(factor) + 1`` with each.
+    `truncate` rounds the ends of the ramp to whole features. `logit_factor` is for models that warm all of the logits
+    (DeepSeek), not only those of rotated features.
     """
 
     factor: float
@@ -57,9 +59,31 @@ class YarnScaling:
     beta_slow: float = 1.0
     attention_factor: float | None = None
     truncate: bool = True
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+
+    @property
+    def warmth(self) -> float:
+        """What multiplies cosines and sines."""
+        if self.attention_factor is not None:
+            return self.attention_factor
+        if self.mscale and self.mscale_all_dim:
+            return self._warmth(self.mscale) / self._warmth(self.mscale_all_dim)
+        return self._warmth(1.0)
+
+    @property
+    def logit_factor(self) -> float:
+        """What the scale of all logits is multiplied with."""
+        return self._warmth(self.mscale_all_dim or 0.0) ** 2
+
+    def _warmth(self, mscale: float) -> float:
+        return 0.1 * mscale * math.log(max(self.factor, 1.0)) + 1.0
 
     def __post_init__(self) -> None:
         _positive(self, "factor", "original_max_position", "beta_slow")
+        for name in ("mscale", "mscale_all_dim"):
+            if (value := getattr(self, name)) is not None and not 0 <= value < math.inf:
+                raise ValueError(f"{self}; expected {name} to be a number of at least 0, or None")
         if not self.beta_fast > self.beta_slow:
             raise ValueError(f"{self}; expected beta_fast above beta_slow")
         if self.attention_factor is not None:
@@ -162,9 +186,7 @@ def _scaled(
         case Llama3Scaling():
             return _llama3(base, scaling), 1.0
         case YarnScaling():
-            paper = 0.1 * math.log(max(scaling.factor, 1.0)) + 1.0
-            factor = paper if scaling.attention_factor is None else scaling.attention_factor
-            return _yarn(base, dim, theta, scaling), factor
+            return _yarn(base, dim, theta, scaling), scaling.warmth
         case DynamicScaling():
             return _dynamic(base, scaling, length), 1.0
         case LongRopeScaling():

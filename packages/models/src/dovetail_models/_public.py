@@ -3,6 +3,8 @@
 from dovetail_models.bert import BertConfig, BertForMaskedLM, BertMaskedLMConfig, BertModel
 from dovetail_models.conversion import convert
 from dovetail_models.decoder import Decoder, DecoderConfig, StackConfig
+from dovetail_models.deepseek_v2 import DeepseekV2, DeepseekV2Config
+from dovetail_models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 from dovetail_models.description import Description, ParameterGroup, describe
 from dovetail_models.encoder import EncoderConfig
 from dovetail_models.family import FAMILIES, Family
@@ -47,6 +49,10 @@ __all__ = [
     "ConfigMap",
     "Decoder",
     "DecoderConfig",
+    "DeepseekV2",
+    "DeepseekV2Config",
+    "DeepseekV3",
+    "DeepseekV3Config",
     "Description",
     "EncoderConfig",
     "Family",

@@ -2,7 +2,7 @@
 
 import dataclasses
 import importlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from dovetail_models.hf_config import ConfigMap
@@ -15,6 +15,8 @@ FAMILIES = {
     "BertForMaskedLM": "bert:MASKED_LM",
     "BertModel": "bert",
     "LlamaForCausalLM": "llama",
+    "DeepseekV2ForCausalLM": "deepseek_v2",
+    "DeepseekV3ForCausalLM": "deepseek_v3",
     "Gemma2ForCausalLM": "gemma2",
     "GptOssForCausalLM": "gpt_oss",
     "Mamba2ForCausalLM": "mamba2",
@@ -44,12 +46,15 @@ class Family:
         config_map: its configuration and ``config.json``.
         weight_map: of a configuration: its parameters and the checkpoint's tensors.
         ignored: tensors that checkpoints may have and the model does not need, as globs.
+        held: of a configuration and the names of a checkpoint's tensors: the configuration of what is there, where
+            checkpoints may leave out parts of the model.
     """
 
     model: Callable[..., Any]
     config_map: ConfigMap
     weight_map: Callable[[Any], WeightMap]
     ignored: tuple[str, ...] = ()
+    held: Callable[[Any, Collection[str]], Any] = lambda config, _: config
 
 
 def named_family(values: Mapping[str, Any]) -> Family:

@@ -157,6 +157,6 @@ class ConfigMap:
                 f"features={config.features} is no multiple of heads={config.heads}; transformers refuses such a model"
             )
         fields = {"num_key_value_heads": config.groups, **hf_rope.to_hf(config.rope_theta, config.rope_scaling)}
-        if config.head_dim is not None or self.options["head_dim"][2] is not None:
+        if "head_dim" in self.options and (config.head_dim is not None or self.options["head_dim"][2] is not None):
             fields["head_dim"] = config.dim
         return fields

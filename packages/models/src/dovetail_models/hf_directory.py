@@ -77,7 +77,7 @@ def open_pretrained(path: str | os.PathLike[str], family: Family | None = None, 
     tensors = open_directory(folder)
     if config.layers > len(tensors):
         raise ConfigError(f"num_hidden_layers={config.layers}, but the checkpoint has only {len(tensors)} tensors")
-    return Opened(folder, values, family, config, tensors)
+    return Opened(folder, values, family, family.held(config, tensors), tensors)
 
 
 def read_config(path: Path) -> dict[str, Any]:

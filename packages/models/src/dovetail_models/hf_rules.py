@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from dovetail_weights import Reshape, Rule, Stack, Transpose
 
-__all__ = ["OURS", "THEIRS", "decoder_rules", "expert_rules"]
+__all__ = ["OURS", "THEIRS", "decoder_rules", "expert_rules", "mlp_rules"]
 
 OURS, THEIRS = "layers/{i}", "model.layers.{i}"
 
@@ -34,7 +34,7 @@ def decoder_rules(
         Rule("head", "lm_head.weight", (Transpose(),)),
         *(Rule(f"{OURS}/{ours}/weight", f"{THEIRS}.{theirs}.weight") for ours, theirs in norms.items()),
         *_attention(config, norm),
-        *_mlp(),
+        *mlp_rules(),
     ]
 
 
@@ -56,8 +56,8 @@ def _attention(config: Any, norm: str) -> list[Rule]:
     return rules
 
 
-def _mlp() -> list[Rule]:
-    ours, theirs = f"{OURS}/mlp", f"{THEIRS}.mlp"
+def mlp_rules(ours: str = f"{OURS}/mlp", theirs: str = f"{THEIRS}.mlp") -> list[Rule]:
+    """Return the rules of a gated MLP."""
     names = ("gate", "up", "down")
     weights = [Rule(f"{ours}/{name}", f"{theirs}.{name}_proj.weight", (Transpose(),)) for name in names]
     return weights + [Rule(f"{ours}/{name}_bias", f"{theirs}.{name}_proj.bias") for name in names]
