@@ -29,6 +29,7 @@ OTHER = [
     ("own reduction", lambda x: jax.lax.reduce(x, 1.0, lambda a, b: a * b + 1, (1,)), 2 * 8 * 15),
     ("fft", jnp.fft.fft, 8 * 5 * 16 * 4),
     ("transpose", lambda x: x.T, 0),
+    ("stack", lambda x: jnp.stack([x, x], 1), 0),
     ("cast", lambda x: x.astype(jnp.bfloat16), 0),
 ]
 

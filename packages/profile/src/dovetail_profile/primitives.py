@@ -30,7 +30,7 @@ _REDUCTIONS = "argmax argmin reduce_and reduce_max reduce_min reduce_or reduce_p
 _MOVES = """
     all_gather all_gather_invariant all_to_all broadcast_in_dim concatenate convert_element_type copy copy_p device_put
     empty empty2 iota pad pbroadcast ppermute ragged_all_to_all random_bits random_fold_in random_seed random_split
-    random_unwrap random_wrap reduce_precision rev rng_bit_generator rng_uniform split threefry2x32 tile transpose
+    random_unwrap random_wrap reduce_precision rev rng_bit_generator rng_uniform split stack threefry2x32 tile transpose
     unstack
 """
 _FREE = """
