@@ -74,3 +74,12 @@ def test_a_longer_context_warms_all_logits() -> None:
     config = dataclasses.replace(CONFIG, rope_scaling=scaling)
     np.testing.assert_allclose(CONFIG.attention_scale, 6**-0.5)
     np.testing.assert_allclose(config.attention_scale, 6**-0.5 * (0.09 * np.log(40) + 1) ** 2)
+
+
+def test_a_loop_over_layers_keeps_the_heads(tmp_path: Path) -> None:
+    """Stacked layers are read from the checkpoint of single ones, and the heads beside them stay single."""
+    config = dataclasses.replace(CONFIG, layers=3, first_dense=1)
+    alone = DeepseekV3(config, rngs=nnx.Rngs(1))
+    looped = from_pretrained(save_pretrained(alone, tmp_path / "model"), scan=True)
+    following = jnp.roll(TOKENS, -1, axis=1)
+    np.testing.assert_allclose(ahead(looped, TOKENS, following), ahead(alone, TOKENS, following), atol=1e-4)

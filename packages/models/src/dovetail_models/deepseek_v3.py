@@ -90,9 +90,9 @@ class DeepseekV3(Decoder):
     config: DeepseekV3Config
 
     def __init__(
-        self, config: DeepseekV3Config, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32, dtype: Any = None
+        self, config: DeepseekV3Config, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32, **options: Any
     ) -> None:
-        super().__init__(config, rngs=rngs, param_dtype=param_dtype, dtype=dtype)
+        super().__init__(config, rngs=rngs, param_dtype=param_dtype, **options)
         if config.ahead:
             heads = [Ahead(config, i, param_dtype=param_dtype, rngs=rngs) for i in range(config.ahead)]
             self.ahead = nnx.List(heads)
