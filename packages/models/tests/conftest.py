@@ -78,3 +78,20 @@ def logits() -> Callable[..., jax.Array]:
 
 def places(tokens: jax.Array) -> jax.Array:
     return jnp.broadcast_to(jnp.arange(tokens.shape[1], dtype=jnp.int32), tokens.shape).reshape(-1)
+
+
+@pytest.fixture(scope="session")
+def objective() -> Callable[..., Any]:
+    """objective(definition): the mean loss of a batch [batch, time] with auxiliary terms, of parameters and tokens."""
+
+    def of(definition: Any) -> Any:
+        def loss(params: Any, tokens: jax.Array) -> jax.Array:
+            model = dovetail_models.merge(definition, params)
+            hidden, aux, _ = model.hidden(tokens.reshape(-1), places(tokens), DenseMixer.of(tokens))
+            weight, bias, cap = model.unembedding()
+            total = linear_cross_entropy(hidden, weight, tokens.reshape(-1), bias=bias, softcap=cap) / tokens.size
+            return total + sum(value / of for name, (value, of) in aux.items() if name.startswith("loss/"))
+
+        return loss
+
+    return of

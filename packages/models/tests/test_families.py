@@ -4,6 +4,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -42,6 +43,7 @@ from dovetail_models import (
     config_to_hf,
     from_pretrained,
     merge,
+    placements,
     save_pretrained,
     split,
 )
@@ -50,6 +52,7 @@ from dovetail_models.family import family_of
 from dovetail_models.llama import FAMILY
 from dovetail_protocols import FullCache, LanguageModel, LatentCache, WindowCache, paths
 from dovetail_protocols.testing import check_language_model
+from dovetail_runtime import FSDP_TENSOR, batch_sharding, mesh, use
 
 SIZES = {"vocab_size": 24, "features": 8, "hidden": 12, "layers": 2, "heads": 4, "kv_heads": 2, "init_std": 0.5}
 RECURRENT = {name: SIZES[name] for name in ("vocab_size", "features", "layers", "init_std")}
@@ -289,3 +292,21 @@ def test_a_family_of_ones_own(build: Any, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="is of no family of dovetail_models; pass family="):
         save_pretrained(model, tmp_path / "other")
     assert {family_of(config).config_map.model_type for _, config in MODELS.values()} < set(FAMILIES.values())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_on_a_mesh(name: str, objective: Any) -> None:
+    """Data, FSDP and tensor parallelism at once leave loss and gradients as they are."""
+    family, config = MODELS[name]
+    build = lambda: family(config, rngs=nnx.Rngs(0))  # noqa: E731
+    definition, params = split(build())
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (8, 12)).astype(np.int32)
+    run = jax.jit(jax.value_and_grad(objective(definition)))
+    loss, gradients = run(params, tokens)
+    grid = mesh(data=2, fsdp=2, tensor=2)
+    placed = jax.device_put(params, placements(nnx.eval_shape(build), grid, FSDP_TENSOR))
+    with use(grid, FSDP_TENSOR):
+        got = run(placed, jax.device_put(tokens, batch_sharding(grid, FSDP_TENSOR)))
+    np.testing.assert_allclose(got[0], loss, rtol=1e-5)
+    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(1, largest)), got[1], gradients)
