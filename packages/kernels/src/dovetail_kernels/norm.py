@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from dovetail_kernels._dtypes import exact
+from dovetail_kernels._manual import alike
 from dovetail_kernels._norm import How, normalize
 from dovetail_kernels.operation import Call, Implementation, Operation, Wanted
 
@@ -170,6 +171,7 @@ def _blocked(
     centred: bool,
 ) -> tuple[jax.Array, jax.Array]:
     how = How(axis, weight_offset, eps, centred)
+    x, weight, bias, residual = alike(x, weight, bias, residual)
     if residual is None:
         return normalize(how, x, weight, bias), x
     wide = exact(x.dtype)

@@ -139,14 +139,14 @@ class _Run(NamedTuple):
 
     def layer(self, layer: Any, x: jax.Array, *, loop: bool = False) -> tuple[jax.Array, Auxiliary]:
         """Run one layer, of which the backward pass keeps what `remat` says."""
+        if self.remat is None:
+            return layer(0, x, self.tables, self.mixer)[:2]
         definition, state = nnx.split(layer)
 
         def call(state: Any, x: jax.Array) -> tuple[jax.Array, Auxiliary]:
             x = checkpoint_name(x, "residual")
             return nnx.merge(definition, state)(0, x, self.tables, self.mixer)[:2]
 
-        if self.remat is None:
-            return call(state, x)
         return jax.checkpoint(call, policy=self.remat.policy(), prevent_cse=not loop)(state, x)
 
     def layers(self, layers: Sequence[Any], x: jax.Array, *, loop: bool = False) -> tuple[jax.Array, Auxiliary]:
