@@ -54,6 +54,10 @@ GRADIENTS = (
     "model.layers.1.mlp.experts.1.down_proj.weight",
     "model.layers.1.block_sparse_moe.gate.weight",
     "model.layers.1.block_sparse_moe.experts.1.w1.weight",
+    *(f"model.layers.0.linear_attn.{name}" for name in ("in_proj_qkvz.weight", "in_proj_ba.weight", "conv1d.weight")),
+    *(f"model.layers.0.linear_attn.{name}" for name in ("A_log", "dt_bias", "norm.weight", "out_proj.weight")),
+    *(f"model.layers.1.mlp.{name}.weight" for name in ("shared_expert.up_proj", "shared_expert_gate")),
+    "model.layers.1.self_attn.q_proj.weight",
     "backbone.embeddings.weight",
     *(f"backbone.layers.0.mixer.{name}" for name in ("A_log", "D", "dt_bias", "in_proj.bias", "norm.weight")),
     *(f"backbone.layers.1.mixer.{name}" for name in ("conv1d.weight", "conv1d.bias", "out_proj.weight")),
@@ -64,7 +68,9 @@ def widen(model: torch.nn.Module) -> None:
     """Draw parameters that make logits and their margins wide, and biases and norms that matter."""
     for name, parameter in model.named_parameters():
         with torch.no_grad():
-            if "norm" in name:
+            if name.endswith("linear_attn.A_log"):
+                parameter.uniform_(-1.5, -0.5)
+            elif "norm" in name or name.endswith(("A_log", ".D")):
                 parameter.uniform_(0.5, 1.5)
             elif name.endswith("bias") or parameter.ndim == 1:
                 parameter.normal_(std=0.3)

@@ -214,6 +214,36 @@ def qwen3_moe(rng: random.Random) -> Any:
     )
 
 
+def qwen3_next(rng: random.Random) -> Any:
+    values = without(sizes(rng), "mlp_bias")
+    layers = values["num_hidden_layers"] = rng.randint(2, 4)
+    experts, key_heads = rng.choice([3, 6]), rng.choice([1, 2])
+    kinds = [rng.choice(["linear_attention", "full_attention"]) for _ in range(layers - 1)]
+    share = rng.choice([{}, {"partial_rotary_factor": rng.choice([0.5, 1.0])}])
+    return transformers.Qwen3NextConfig(
+        **values
+        | {
+            "hidden_size": values["num_attention_heads"] * 8,
+            "head_dim": rng.choice([8, 16]),
+            "rms_norm_eps": rng.choice([1e-4, 1e-2]),  # heads that recall nothing have norms of nothing but rounding
+            "layer_types": [*kinds, "full_attention"],
+            "rope_parameters": values["rope_parameters"] | share,
+        },
+        linear_num_key_heads=key_heads,
+        linear_num_value_heads=key_heads * rng.choice([1, 2]),
+        linear_key_head_dim=rng.choice([4, 8]),
+        linear_value_head_dim=rng.choice([8, 12]),
+        linear_conv_kernel_dim=rng.choice([2, 4]),
+        num_experts=experts,
+        num_experts_per_tok=rng.randint(1, 3),
+        moe_intermediate_size=rng.randint(4, 20),
+        shared_expert_intermediate_size=rng.randint(4, 20),
+        norm_topk_prob=rng.random() < 0.7,
+        decoder_sparse_step=rng.choice([1, 1, 2]),
+        mlp_only_layers=rng.choice([None, [0]]),
+    )
+
+
 def smollm3(rng: random.Random) -> Any:
     values = without(sizes(rng), head_dim=False) | {"num_hidden_layers": 4}
     marks = rng.choice([{}, {"no_rope_layer_interval": 2}, {"no_rope_layers": [0, 1, 1, 0]}])
@@ -234,6 +264,7 @@ FAMILIES: dict[str, Callable[[random.Random], Any]] = {
     "qwen2": qwen2,
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,
+    "qwen3_next": qwen3_next,
     "smollm3": smollm3,
 }
 
@@ -245,10 +276,10 @@ def random_config(seed: int, family: str = "llama") -> Any:
 def widened(config: Any, seed: int) -> Any:
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_config(config, **EAGER).float().eval()
-    less = 1.0 if config.model_type.startswith("gemma") else 0.0  # what a norm's weight is stored less of
     for name, parameter in model.named_parameters():
         with torch.no_grad():
-            if "norm" in name:
+            if "norm" in name or name.endswith(("A_log", ".D")):
+                less = lessened(config.model_type, name)
                 parameter.uniform_(0.5 - less, 1.5 - less)
             elif name.endswith("bias") or parameter.ndim == 1:
                 parameter.normal_(std=0.3)
@@ -256,6 +287,13 @@ def widened(config: Any, seed: int) -> Any:
                 inputs = parameter.shape[-1 if "conv" in name else 1]
                 parameter.normal_(std=1.0 if "embed" in name else 1.3 * inputs**-0.5)
     return model
+
+
+def lessened(family: str, name: str) -> float:
+    """Return what a parameter is stored less of, as weights of norms, or smaller by."""
+    if name.endswith("linear_attn.A_log"):
+        return 2.0  # their sums of decays lose digits where these are strong
+    return 1.0 if family.startswith(("gemma", "qwen3_next")) and "linear_attn" not in name else 0.0
 
 
 def load_theirs(folder: Path) -> Any:

@@ -39,6 +39,7 @@ OTHERS = {
     "qwen2": 0,
     "qwen3": 0,
     "qwen3_moe": 2,
+    "qwen3_next": 0,
     "smollm3": 4,
 }
 CASES += [(family, seed, tuple(SCHEDULES)[1:3]) for family, seed in OTHERS.items()]

@@ -18,6 +18,8 @@ from dovetail_models import Llama, LlamaConfig, from_pretrained, merge, save_pre
 from dovetail_weights import open_directory, save, write_directory
 
 BATCH, TIME = 2, 37
+WAVERING = {"qwen3_next"}
+"""Families of which two models with the same parameters differ in last digits there."""
 
 
 def ours(model: Llama, tokens: np.ndarray, targets: np.ndarray) -> tuple[jax.Array, jax.Array, Any]:
@@ -84,7 +86,13 @@ def test_random_configurations(family: str, seed: int, tmp_path: Path) -> None:
     save_pretrained(model, tmp_path / "ours", token_ids={"eos_token_id": 2}, max_shard_bytes=20_000)
     again = load_theirs(tmp_path / "ours")
     with torch.no_grad():
-        assert torch.equal(again(torch.from_numpy(tokens)).logits, logits)
+        found = again(torch.from_numpy(tokens)).logits
+    if family in WAVERING:
+        stored = load_theirs(tmp_path / "theirs").state_dict()
+        assert all(torch.equal(tensor, stored[name]) for name, tensor in again.state_dict().items())
+        torch.testing.assert_close(found, logits, atol=1e-5, rtol=1e-6)
+    else:
+        assert torch.equal(found, logits)
 
 
 @pytest.mark.parametrize(

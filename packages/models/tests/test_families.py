@@ -37,6 +37,8 @@ from dovetail_models import (
     Qwen3Config,
     Qwen3Moe,
     Qwen3MoeConfig,
+    Qwen3Next,
+    Qwen3NextConfig,
     SmolLM3,
     SmolLM3Config,
     config_from_hf,
@@ -88,6 +90,21 @@ MODELS: dict[str, tuple[Any, Any]] = {
         Qwen3MoeConfig(**SIZES, head_dim=6, expert_hidden=6, experts=4, top_k=3, sparse_step=2, window=4),
     ),
 }
+NEXT = {"expert_hidden": 6, "experts": 3, "top_k": 2, "shared_hidden": 5}
+MODELS["qwen3_next"] = (
+    Qwen3Next,
+    Qwen3NextConfig(
+        **SIZES,
+        **NEXT,
+        head_dim=8,
+        linear=(True, False),
+        key_heads=2,
+        value_heads=4,
+        key_dim=4,
+        value_dim=3,
+        partial=0.5,
+    ),
+)
 ATTENTION, DENSE = ["layers/*/attention/{query,key,value,out}"], ["layers/*/mlp/{gate,up,down}"]
 SPARSE = ["layers/*/mlp/experts/{gate,up,down}", "layers/*/mlp/router/weight"]
 STATES = ["layers/*/attention/{in_gate,in_x,in_b,in_c,in_dt,out}"]
@@ -96,6 +113,10 @@ WEIGHTS = {
     "mamba2": STATES,
     "mixtral": [*ATTENTION, *SPARSE],
     "qwen3_moe": [*ATTENTION, *DENSE, *SPARSE],
+    "qwen3_next": [
+        *("layers/0/attention/in_*", "layers/*/attention/{query,gate,key,value,out}"),
+        *(*SPARSE, "layers/*/mlp/shared/*"),
+    ],
 }
 
 
@@ -135,6 +156,9 @@ def test_caches_follow_the_windows() -> None:
         Qwen3MoeConfig(**SIZES, expert_hidden=6, experts=4, top_k=4, dense_layers=(1,), renormalize=True),
         DeepseekV2Config(**LATENT, query_rank=3, rope_scaling=YarnScaling(4.0, 16, mscale=0.7, mscale_all_dim=0.8)),
         DeepseekV3Config(**LATENT, query_rank=None, expert_groups=1, kept_groups=1, renormalize=False),
+        Qwen3NextConfig(
+            **SIZES | {"layers": 1}, **NEXT, head_dim=16, linear=(False,), sparse_step=2, dense_layers=(0,)
+        ),
     ],
     ids=str,
 )
@@ -165,6 +189,18 @@ def test_there_and_back(config: Any) -> None:
         ("gpt_oss", {}, {"rope_scaling": YarnScaling(32.0, 4096, truncate=False), "rope_theta": 150000.0}),
         ("gpt_oss", {"rope_parameters": {"rope_type": "default"}}, {"rope_scaling": None, "rope_theta": 150000.0}),
         ("olmo2", {}, {"norm_eps": 1e-5, "rope_theta": 10000.0}),
+        ("qwen3_next", {}, {"partial": 0.25, "linear": (True, True), "top_k": 10, "experts": 512, "head_dim": 256}),
+        (
+            "qwen3_next",
+            {"full_attention_interval": 2},
+            {"linear": (True, False), "renormalize": True, "value_heads": 32},
+        ),
+        ("qwen3_next", {"partial_rotary_factor": 0.5, "rope_theta": 7.0}, {"partial": 0.5, "rope_theta": 7.0}),
+        (
+            "qwen3_next",
+            {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 1.0, "rope_theta": 9.0}},
+            {"partial": 1.0, "rope_theta": 9.0},
+        ),
         ("smollm3", {}, {"rotated": (True, True), "rope_theta": 2000000.0, "tied": True}),
         ("smollm3", {"no_rope_layer_interval": 2}, {"rotated": (True, False)}),
     ],
@@ -187,6 +223,14 @@ def test_what_is_absent_is_as_in_transformers(config: str, changes: dict[str, An
         ("qwen3", {"attention_bias": 1}, "attention_bias=1; expected a bool"),
         ("mistral", {"sliding_window": 0}, "window=0; expected at least 1"),
         ("mistral", {"sliding_window": "5"}, "sliding_window='5'"),
+        ("qwen3_next", {"layer_types": ["full_attention"]}, "layer_types=.*expected a list of 2"),
+        ("qwen3_next", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding_attention"),
+        ("qwen3_next", {"full_attention_interval": 0}, "full_attention_interval=0; expected at least 1"),
+        ("qwen3_next", {"partial_rotary_factor": 0.0}, "partial_rotary_factor=0.0; expected above 0"),
+        ("qwen3_next", {"linear_num_value_heads": 24}, "value_heads=24; expected a multiple of key_heads=16"),
+        ("qwen3_next", {"linear_key_head_dim": 0}, "key_dim=0; expected at least 1"),
+        ("qwen3_next", {"mlp_only_layers": "0"}, "mlp_only_layers='0'; expected a list"),
+        ("qwen3_next", {"head_dim": 12, "partial_rotary_factor": 0.25}, "dim.*3"),
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers=.*for each of 2 layers"),
         ("gemma2", {"final_logit_softcapping": 0.0}, "final_softcap=0.0"),
         ("gemma2", {"use_bidirectional_attention": True}, "only False is supported"),

@@ -14,6 +14,7 @@ import pytest
 from dovetail_kernels import Clamped, LinearScaling, Llama3Scaling, YarnScaling
 from dovetail_models import FAMILIES, from_pretrained, merge, save_pretrained, split, weight_map
 from dovetail_models.decoder import Block
+from dovetail_models.delta_net import GatedDeltaNet
 from dovetail_models.latent import LatentAttention
 from dovetail_models.layers import GatedMLP, GroupedAttention
 from dovetail_models.moe import SparseMLP
@@ -70,6 +71,8 @@ def attention_features(model: Any, attentions: list[Any]) -> set[str]:
         "attention bias": attention.bias,
         "attention sinks": attention.has_sinks,
         "no output bias": attention.bias and not attention.has_out_bias,
+        "gated heads": attention.gated,
+        "partly turned heads": any(one.rotary is not None and one.rotary.dim < one.head_dim for one in attentions),
         "norms of each head": attention.normed and attention.query_norm.weight.ndim == 1,
         "norms of all heads": attention.normed and attention.query_norm.weight.ndim == 2,
         "soft caps": attention.softcap is not None and model.unembedding()[2] is not None,
@@ -93,6 +96,7 @@ def latent_features(model: Any) -> set[str]:
 def recurrent_features(model: Any) -> set[str]:
     spaces = [layer.attention for layer in model.layers if isinstance(layer.attention, StateSpace)]
     optional = {
+        "delta net": any(isinstance(layer.attention, GatedDeltaNet) for layer in model.layers),
         "state space": bool(spaces),
         "state space bias": any(space.bias for space in spaces),
         "state space groups": any(space.groups > 1 for space in spaces),
@@ -115,7 +119,8 @@ def test_matrix_covers_the_families() -> None:
     assert covered >= {"attention bias", "no output bias", "mlp bias", "norms of each head", "norms of all heads"}
     assert covered >= {"window", "window in some layers", "norms before", "norms after", "soft caps"}
     assert covered >= {"attention sinks", "biases of experts", "clamped units"}
-    assert covered >= {"layers without positions", "state space", "limited steps"}
+    assert covered >= {"layers without positions", "state space", "limited steps", "delta net"}
+    assert covered >= {"gated heads", "partly turned heads"}
     assert covered >= {"latent attention", "latent queries", "shared experts", "corrected choice of experts"}
     assert covered >= {"experts", "groups of experts", "experts in some layers", "normalised weights of experts"}
     encoders = tomllib.loads((Path(__file__).parent / "encoders.toml").read_text())

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -11,9 +12,22 @@ import pytest
 from flax import nnx
 
 from dovetail_kernels import DenseMixer
-from dovetail_models import ConfigError, Mamba2, Mamba2Config, config_from_hf, config_to_hf, describe
+from dovetail_models import (
+    ConfigError,
+    Mamba2,
+    Mamba2Config,
+    Qwen3Next,
+    Qwen3NextConfig,
+    config_from_hf,
+    config_to_hf,
+    describe,
+    from_pretrained,
+    save_pretrained,
+)
+from dovetail_models.delta_net import GatedDeltaNet
 from dovetail_protocols import Recurrence, RecurrentCache
 from dovetail_protocols.testing import check_recurrence
+from dovetail_weights import open_directory, write_directory
 
 SMALL = Mamba2Config(
     vocab_size=24, features=8, layers=2, heads=4, head_dim=4, state_size=5, groups=2, conv_width=3, init_std=0.5
@@ -40,6 +54,42 @@ def test_state_space_recurrence() -> None:
         (("conv_x", (2, 16)), ("conv_b", (2, 10)), ("conv_c", (2, 10)), ("scan", (4, 4, 5)))
     )
     check_recurrence(recurrence, [draw(i, 2, 9, size) for i, size in enumerate((16, 10, 10, 4))])
+
+
+def test_delta_recurrence() -> None:
+    """The same of Qwen3-Next's layers."""
+    options = {"key_heads": 2, "value_heads": 4, "key_dim": 4, "value_dim": 3, "width": 3, "norm_eps": 1e-6}
+    init = nnx.initializers.normal(0.5)
+    net = GatedDeltaNet(8, **options, init=init, out_init=init, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    assert (jnp.exp(net.a_log.get_value()) < 16).all()
+    recurrence = noisy(net).recurrence()
+    assert isinstance(recurrence, Recurrence)
+    assert recurrence.cache_spec() == RecurrentCache(
+        (("conv_query", (2, 8)), ("conv_key", (2, 8)), ("conv_value", (2, 12)), ("rule", (4, 4, 3)))
+    )
+    check_recurrence(recurrence, [draw(i, 2, 9, size) for i, size in enumerate((8, 8, 12, 4, 4))])
+
+
+def test_heads_for_predictions_of_later_tokens_are_left_out(tmp_path: Path) -> None:
+    """Checkpoints hold a module that no forward uses; refusing it would refuse them all."""
+    config = Qwen3NextConfig(
+        **{
+            "vocab_size": 11,
+            "features": 8,
+            "hidden": 4,
+            "layers": 1,
+            "heads": 2,
+            "kv_heads": 1,
+            "expert_hidden": 3,
+            "experts": 2,
+        },
+        **{"top_k": 1, "shared_hidden": 3, "head_dim": 8, "linear": (False,)},
+    )
+    folder = save_pretrained(Qwen3Next(config, rngs=nnx.Rngs(0)), tmp_path / "model")
+    held = open_directory(folder)
+    tensors = {name: held.read(name) for name in held} | {"mtp.norm.weight": np.ones(8, np.float32)}
+    write_directory(tmp_path / "more", tensors, extra_files={"config.json": (folder / "config.json").read_bytes()})
+    assert from_pretrained(tmp_path / "more").config == config
 
 
 def test_what_is_kept_does_not_grow() -> None:

@@ -22,6 +22,7 @@ from dovetail_models.olmo2 import Olmo2, Olmo2Config
 from dovetail_models.qwen2 import Qwen2, Qwen2Config
 from dovetail_models.qwen3 import Qwen3, Qwen3Config
 from dovetail_models.qwen3_moe import Qwen3Moe, Qwen3MoeConfig
+from dovetail_models.qwen3_next import Qwen3Next, Qwen3NextConfig
 from dovetail_models.remat import ACTIVATIONS, POLICIES, Remat
 from dovetail_models.siglip import (
     SiglipConfig,
@@ -79,6 +80,8 @@ __all__ = [
     "Qwen3Config",
     "Qwen3Moe",
     "Qwen3MoeConfig",
+    "Qwen3Next",
+    "Qwen3NextConfig",
     "Remat",
     "SiglipConfig",
     "SiglipModel",

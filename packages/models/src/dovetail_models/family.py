@@ -26,6 +26,7 @@ FAMILIES = {
     "Qwen2ForCausalLM": "qwen2",
     "Qwen3ForCausalLM": "qwen3",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Qwen3NextForCausalLM": "qwen3_next",
     "SiglipModel": "hf_siglip",
     "SiglipTextModel": "hf_siglip:TEXT",
     "SiglipVisionModel": "hf_siglip:VISION",

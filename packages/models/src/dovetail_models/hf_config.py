@@ -55,6 +55,7 @@ class ConfigMap:
         options: fields with a default, as ``{theirs: (ours, type, theirs by default)}``.
         sizes: fields without a default, as ``{theirs: ours}``.
         attends: it has grouped attention with rotary embeddings.
+        partial: which share of a head's features they turn, our `partial`, where none is given; None where always all.
         fixed: what must have one value for our forward to be right, and is written.
         refused: what must have one value, but is not written.
         ignored: what does not change the forward, besides what no architecture's forward depends on.
@@ -69,6 +70,7 @@ class ConfigMap:
     options: Mapping[str, tuple[str, type, Any]]
     sizes: Mapping[str, str] = dataclasses.field(default_factory=lambda: SIZES)
     attends: bool = True
+    partial: float | None = None
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     refused: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     ignored: tuple[str, ...] = ()
@@ -96,7 +98,7 @@ class ConfigMap:
                 raise ConfigError(f"{name}={values[name]!r}; only {only!r} is supported")
         known = {*self.sizes, *self.options, *self.fixed, *self.refused, *self.ignored, *IGNORED}
         known |= {name for others in self.others for name in others.names}
-        known |= set(hf_rope.FIELDS if self.attends else ())
+        known |= set(hf_rope.FIELDS if self.attends else ()) | set(() if self.partial is None else (hf_rope.SHARE,))
         unknown = sorted(str(name) for name in set(values) - known)
         if unknown:
             raise ConfigError(
@@ -108,10 +110,13 @@ class ConfigMap:
         for others in self.others:
             fields |= others.read(values, fields)
         if self.attends:
-            theta, scaling = hf_rope.from_hf(values, fields["max_position"], self.rope_theta)
+            partial = self.partial is not None
+            theta, scaling = hf_rope.from_hf(values, fields["max_position"], self.rope_theta, partial=partial)
             if not any(values.get(name) for name in hf_rope.FIELDS[1:]):
                 scaling = self.rope_scaling
             fields |= {"rope_theta": theta, "rope_scaling": scaling}
+        if self.partial is not None:
+            fields["partial"] = hf_rope.share(values, self.partial)
         try:
             return self.config(**fields)
         except ValueError as error:
@@ -159,4 +164,6 @@ class ConfigMap:
         fields = {"num_key_value_heads": config.groups, **hf_rope.to_hf(config.rope_theta, config.rope_scaling)}
         if "head_dim" in self.options and (config.head_dim is not None or self.options["head_dim"][2] is not None):
             fields["head_dim"] = config.dim
+        if self.partial is not None:
+            fields[hf_rope.SHARE] = fields["rope_parameters"][hf_rope.SHARE] = config.partial
         return fields

@@ -103,7 +103,7 @@ class GroupedAttention(nnx.Module):
         heads: query heads.
         kv_heads: key-value heads, a divisor of `heads`.
         head_dim: features per head.
-        rotary: turns queries and keys; None leaves positions to the mask.
+        rotary: turns queries and keys, or as many of their first features; None leaves positions to the mask.
         bias: of queries, keys and values.
         out_bias: of the output.
         norm: root mean squares of queries and keys: of each head, or of all heads together; None for none.
@@ -112,6 +112,7 @@ class GroupedAttention(nnx.Module):
         window: how many last tokens a token sees; None for all.
         softcap: of the logits, see `dovetail_kernels.attention`.
         sinks: each head has a logit that takes part in the softmax only.
+        gated: what each head gives is multiplied by the sigmoid of a projection of the token.
         scale: of the logits; None for ``head_dim ** -0.5``.
         init: of the weights.
         out_init: of the output's.
@@ -135,6 +136,7 @@ class GroupedAttention(nnx.Module):
         window: int | None = None,
         softcap: float | None = None,
         sinks: bool = False,
+        gated: bool = False,
         scale: float | None = None,
         init: Initializer,
         out_init: Initializer,
@@ -146,11 +148,12 @@ class GroupedAttention(nnx.Module):
             ("query", heads, "heads"),
             ("key", kv_heads, "kv_heads"),
             ("value", kv_heads, "kv_heads"),
+            *((("gate", heads, "heads"),) if gated else ()),
         ):
             setattr(self, name, parameter(rngs, (features, count, head_dim), ("embed", axis, None), init, dtype))
             if bias:
                 setattr(self, f"{name}_bias", parameter(rngs, (count, head_dim), (axis, None), zeros, dtype))
-            if norm is not None and name != "value":
+            if norm is not None and name in ("query", "key"):
                 shape, axes = ((head_dim,), (None,)) if norm == "head" else ((count, head_dim), (axis, None))
                 made = RMSNorm(*shape, axes=axes, eps=norm_eps, offset=norm_offset, dtype=dtype)
                 setattr(self, f"{name}_norm", made)
@@ -159,7 +162,7 @@ class GroupedAttention(nnx.Module):
             self.out_bias = parameter(rngs, (features,), ("embed",), zeros, dtype)
         if sinks:
             self.sinks = parameter(rngs, (heads,), ("heads",), init, dtype)
-        self.has_sinks = sinks
+        self.has_sinks, self.gated = sinks, gated
         self.bias, self.has_out_bias, self.normed = bias, out_bias, norm is not None
         self.rotary, self.window, self.softcap = rotary, window, softcap
         self.scale = head_dim**-0.5 if scale is None else scale
@@ -168,12 +171,12 @@ class GroupedAttention(nnx.Module):
     def _project(self, name: str, x: jax.Array) -> jax.Array:
         y = einsum("td,dhk->thk", x, getattr(self, name).get_value())
         y = y + getattr(self, f"{name}_bias").get_value().astype(y.dtype) if self.bias else y
-        return constrain(y, "tokens", "heads" if name == "query" else "kv_heads", None)
+        return constrain(y, "tokens", "heads" if name in ("query", "gate") else "kv_heads", None)
 
     def _placed(self, name: str, x: jax.Array, tables: Tables) -> jax.Array:
         y = self._project(name, x)
         y = getattr(self, f"{name}_norm")(y) if self.normed else y
-        return y if self.rotary is None else rope(y, tables[self.rotary])
+        return y if self.rotary is None else rope(y, tables[self.rotary], rotated=self.rotary.dim)
 
     def __call__(self, layer: int, x: Float[Array, "tokens features"], tables: Tables, mixer: Any) -> tuple[Any, Any]:
         """Return the attention output ``[tokens, features]`` and the mixer."""
@@ -183,6 +186,8 @@ class GroupedAttention(nnx.Module):
         mixed, mixer = mixer.attend(
             layer, query, key, value, scale=self.scale, window=self.window, softcap=self.softcap, sinks=sinks
         )
+        if self.gated:
+            mixed = mixed * jax.nn.sigmoid(self._project("gate", x).astype(jnp.float32)).astype(mixed.dtype)
         mixed = checkpoint_name(constrain(mixed, "tokens", "heads", None), "attention")
         y = einsum("thk,hkd->td", mixed, self.out.get_value())
         return (y + self.out_bias.get_value().astype(y.dtype) if self.has_out_bias else y), mixer

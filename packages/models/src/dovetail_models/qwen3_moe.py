@@ -13,15 +13,15 @@ from dovetail_models.layers import GatedMLP, GroupedAttention
 from dovetail_models.moe import BALANCE, Selection, SparseBlock, SparseConfig, sparse_mlp
 from dovetail_weights import WeightMap
 
-__all__ = ["FAMILY", "Qwen3Moe", "Qwen3MoeConfig"]
+__all__ = ["FAMILY", "Qwen3Moe", "Qwen3MoeConfig", "QwenSparseConfig", "read_dense_layers"]
 
 COUNTS = ("num_experts", "num_local_experts")
 """The number of experts in checkpoints of transformers 4 and 5."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Qwen3MoeConfig(SparseConfig):
-    """Sizes and options of a Qwen3Moe; see `SparseConfig` for the others. `hidden` is the width of dense MLPs.
+class QwenSparseConfig(SparseConfig):
+    """What Qwens with experts share; see `SparseConfig` for the others. `hidden` is the width of dense MLPs.
 
     Attributes:
         expert_hidden: width of each expert.
@@ -29,7 +29,6 @@ class Qwen3MoeConfig(SparseConfig):
         sparse_step: only every so manieth layer has experts.
         dense_layers: layers without experts, besides.
         attention_bias: biases in the attention's projections.
-        window: how many last tokens a token sees, in every layer; None for all.
     """
 
     expert_hidden: int
@@ -37,15 +36,12 @@ class Qwen3MoeConfig(SparseConfig):
     sparse_step: int = 1
     dense_layers: tuple[int, ...] = ()
     attention_bias: bool = False
-    window: int | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("expert_hidden", "sparse_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window={self.window}; expected at least 1, or None for all tokens")
 
     @property
     def select(self) -> Selection:
@@ -55,6 +51,22 @@ class Qwen3MoeConfig(SparseConfig):
     def is_sparse(self, index: int) -> bool:
         """Tell whether a layer has experts."""
         return index not in self.dense_layers and not (index + 1) % self.sparse_step
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Qwen3MoeConfig(QwenSparseConfig):
+    """Sizes and options of a Qwen3Moe; see `QwenSparseConfig` for the others.
+
+    Attributes:
+        window: how many last tokens a token sees, in every layer; None for all.
+    """
+
+    window: int | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"window={self.window}; expected at least 1, or None for all tokens")
 
 
 class Qwen3Moe(Decoder):
@@ -89,18 +101,27 @@ def _weight_map(config: Qwen3MoeConfig) -> WeightMap:
     return WeightMap([*decoder_rules(config), *expert_rules(config.experts)])
 
 
-def _read(values: Mapping[str, Any], _: Mapping[str, Any]) -> Mapping[str, Any]:
+def read_dense_layers(values: Mapping[str, Any]) -> tuple[int, ...]:
+    """Return the layers that have no experts.
+
+    Raises:
+        ConfigError: it is no list of indices.
+    """
     dense = values.get("mlp_only_layers")
     dense = [] if dense is None else dense
     if not isinstance(dense, list) or any(type(index) is not int for index in dense):
         raise ConfigError(f"mlp_only_layers={dense!r}; expected a list of indices")
+    return tuple(dense)
+
+
+def _read(values: Mapping[str, Any], _: Mapping[str, Any]) -> Mapping[str, Any]:
     used = field(values, "use_sliding_window", bool, False)
     given = {"sliding_window": 4096} | dict(values)  # null is another value than none
     width = field(given, "sliding_window", int, None) if used else None
     counts = {name: field(values, name, int) for name in COUNTS if values.get(name) is not None}
     if len(set(counts.values())) > 1:
         raise ConfigError(f"{counts}; expected one number")
-    return {"dense_layers": tuple(dense), "window": width, "experts": next(iter(counts.values()), 128)}
+    return {"dense_layers": read_dense_layers(values), "window": width, "experts": next(iter(counts.values()), 128)}
 
 
 def _write(config: Qwen3MoeConfig) -> Mapping[str, Any]:

@@ -4,8 +4,12 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from flax import nnx
 
-__all__ = ["conv_state", "convolved"]
+__all__ = ["TAPS", "conv_state", "convolved"]
+
+TAPS = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=1, out_axis=0)
+"""How convolutions ``[channels, width]`` begin, as torch's."""
 
 
 def conv_state(weights: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

@@ -13,14 +13,11 @@ from jaxtyping import Array, Float, Int
 
 from dovetail_kernels import causal_conv1d, causal_conv1d_step, einsum, rms_norm, ssd, ssd_step
 from dovetail_models.layers import Initializer, RMSNorm, Tables, parameter
-from dovetail_models.recurrent import conv_state, convolved
+from dovetail_models.recurrent import TAPS, conv_state, convolved
 from dovetail_protocols import RecurrentCache
 from dovetail_runtime import constrain
 
 __all__ = ["StateSpace", "StateSpaceRecurrence"]
-
-TAPS = nnx.initializers.variance_scaling(1 / 3, "fan_in", "uniform", in_axis=1, out_axis=0)
-"""How convolutions begin, as torch's."""
 
 
 @jax.tree_util.register_dataclass
