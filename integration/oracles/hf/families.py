@@ -97,6 +97,33 @@ def olmo2(rng: random.Random) -> Any:
     return transformers.Olmo2Config(**without(sizes(rng), "mlp_bias", head_dim=False))
 
 
+def olmo3(rng: random.Random) -> Any:
+    values = without(sizes(rng), "mlp_bias", "rope_parameters", head_dim=False)
+    types = [rng.choice(["full_attention", "sliding_attention"]) for _ in range(values["num_hidden_layers"])]
+    return transformers.Olmo3Config(
+        **values, **rope_of_kinds(rng, None), layer_types=rng.choice([None, types]), sliding_window=rng.choice([1, 6])
+    )
+
+
+def phi3(rng: random.Random) -> Any:
+    values = without(sizes(rng), "attention_bias", "mlp_bias", "head_dim", "rope_parameters")
+    values["hidden_size"] = values["num_attention_heads"] * 8
+    fraction = rng.choice([0.5, 1.0])
+    count = int(8 * fraction) // 2
+    scaling = {
+        **{"rope_type": "longrope", "short_factor": [rng.uniform(1, 2) for _ in range(count)]},
+        "long_factor": [rng.uniform(2, 8) for _ in range(count)],
+    }
+    rope = {"rope_type": "default"} if rng.random() < 0.3 else scaling
+    return transformers.Phi3Config(
+        **values,
+        rope_parameters={"rope_theta": rng.choice([1000.0, 10000.0]), "partial_rotary_factor": fraction, **rope},
+        original_max_position_embeddings=64,
+        sliding_window=rng.choice([None, 1, 6]),
+        bos_token_id=None,
+    )
+
+
 def gemma2(rng: random.Random) -> Any:
     values = without(sizes(rng), "mlp_bias")
     values["head_dim"] = values["head_dim"] or 6
@@ -149,6 +176,47 @@ def deepseek_v3(rng: random.Random) -> Any:
     values["num_experts_per_tok"] = min(values["num_experts_per_tok"], 2)
     interleaved = rng.random() < 0.7
     return transformers.DeepseekV3Config(**values, norm_topk_prob=rng.random() < 0.6, rope_interleave=interleaved)
+
+
+def rope_of_kinds(rng: random.Random, local: str | None) -> dict[str, Any]:
+    """Draw rotary settings as transformers 5 writes them for each kind of layer, or as 4 did."""
+    full, theta = rope_of(rng), rng.choice([1000.0, 20000.0])
+    if local is not None and rng.random() < 0.4:
+        return {"rope_theta": full.pop("rope_theta"), "rope_scaling": full, local: theta}
+    small = {"rope_type": "default", "rope_theta": theta}
+    return {"rope_parameters": {"full_attention": full, "sliding_attention": small}}
+
+
+def gemma3(rng: random.Random) -> Any:
+    values = without(sizes(rng), "mlp_bias", "rope_parameters") | {"num_hidden_layers": rng.randint(1, 4)}
+    values["head_dim"] = values["head_dim"] or 6
+    return transformers.Gemma3TextConfig(
+        **values,
+        **rope_of_kinds(rng, "rope_local_base_freq"),
+        sliding_window_pattern=rng.choice([2, 3, 6]),
+        sliding_window=rng.choice([1, 6, 20]),
+        query_pre_attn_scalar=rng.choice([4, 9]),
+        final_logit_softcapping=rng.choice([None, 1.5, 30.0]),
+    )
+
+
+def gpt2(rng: random.Random) -> Any:
+    heads = rng.choice([1, 2, 4])
+    return transformers.GPT2Config(
+        vocab_size=rng.randint(20, 90),
+        n_embd=heads * rng.choice([4, 8]),
+        n_layer=rng.randint(1, 3),
+        n_head=heads,
+        n_inner=rng.choice([None, 20]),
+        n_positions=rng.choice([64, 100]),
+        layer_norm_epsilon=rng.choice([1e-5, 1e-2]),
+        tie_word_embeddings=rng.random() < 0.6,
+        scale_attn_weights=rng.random() < 0.7,
+        scale_attn_by_inverse_layer_idx=rng.random() < 0.4,
+        bos_token_id=None,
+        eos_token_id=rng.choice([None, 2, [2, 5]]),
+        attn_implementation="eager",
+    )
 
 
 def gpt_oss(rng: random.Random) -> Any:
@@ -255,12 +323,16 @@ FAMILIES: dict[str, Callable[[random.Random], Any]] = {
     "deepseek_v2": deepseek_v2,
     "deepseek_v3": deepseek_v3,
     "gemma2": gemma2,
+    "gemma3": gemma3,
+    "gpt2": gpt2,
     "gpt_oss": gpt_oss,
     "llama": llama,
     "mamba2": mamba2,
     "mistral": mistral,
     "mixtral": mixtral,
     "olmo2": olmo2,
+    "olmo3": olmo3,
+    "phi3": phi3,
     "qwen2": qwen2,
     "qwen3": qwen3,
     "qwen3_moe": qwen3_moe,

@@ -120,6 +120,22 @@ def test_our_models_load_there(scaling: Any, dtype: Any, tmp_path: Path) -> None
         np.testing.assert_allclose(got, theirs(torch.from_numpy(tokens)).logits.numpy(), atol=1e-4)
 
 
+def test_factors_of_long_sequences(tmp_path: Path) -> None:
+    """Beyond the original length transformers takes other factors; so does a model that is made for it."""
+    config = random_config(2, "phi3")
+    rope = {"rope_type": "longrope", "rope_theta": 1000.0, "short_factor": [1.0] * 2, "long_factor": [3.0, 5.0]}
+    lengths = {"original_max_position_embeddings": TIME - 1, "max_position_embeddings": 256}
+    config = type(config)(**config.to_dict() | {"rope_parameters": {**rope, "partial_rotary_factor": 0.5}} | lengths)
+    theirs = widened(config, 2)
+    theirs.save_pretrained(tmp_path)
+    model = from_pretrained(tmp_path)
+    tokens, targets = batch(2, model.vocab_size)
+    with torch.no_grad():
+        expected = theirs(torch.from_numpy(tokens)).logits.numpy()
+    np.testing.assert_allclose(ours(model.for_length(TIME), tokens, targets)[0], expected, atol=1e-4)
+    assert np.abs(ours(model, tokens, targets)[0] - expected).max() > 1e-2
+
+
 def test_balancing_loss_of_one_sequence(tmp_path: Path) -> None:
     """Where only one sequence and one layer count, ours is theirs, coefficient included."""
     config = random_config(6, "mixtral")

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from dovetail_kernels import DenseMixer, YarnScaling
+from dovetail_kernels import DenseMixer, LinearScaling, LongRopeScaling, YarnScaling
 from dovetail_models import (
     FAMILIES,
     ConfigError,
@@ -20,6 +20,10 @@ from dovetail_models import (
     DeepseekV3Config,
     Gemma2,
     Gemma2Config,
+    Gemma3,
+    Gemma3Config,
+    Gpt2,
+    Gpt2Config,
     GptOss,
     GptOssConfig,
     Llama,
@@ -31,6 +35,10 @@ from dovetail_models import (
     MixtralConfig,
     Olmo2,
     Olmo2Config,
+    Olmo3,
+    Olmo3Config,
+    Phi3,
+    Phi3Config,
     Qwen2,
     Qwen2Config,
     Qwen3,
@@ -62,6 +70,7 @@ LATENT = {name: value for name, value in SIZES.items() if name != "kv_heads"} | 
     **{"latent_dim": 6, "nope_dim": 4, "rope_dim": 2, "value_dim": 3, "experts": 4, "top_k": 2},
     **{"expert_hidden": 5, "shared_experts": 2, "first_dense": 1},
 }
+LONG = LongRopeScaling((1.0, 1.5), (2.0, 4.0), 16, factor=8.0)
 MODELS: dict[str, tuple[Any, Any]] = {
     "deepseek_v2": (
         DeepseekV2,
@@ -72,8 +81,15 @@ MODELS: dict[str, tuple[Any, Any]] = {
         DeepseekV3Config(**LATENT, query_rank=5, expert_groups=2, kept_groups=2, attention_bias=True, ahead=1),
     ),
     "gemma2": (Gemma2, Gemma2Config(**SIZES, head_dim=6, windows=(3, None), query_dim=5, attention_softcap=2.0)),
+    "gemma3": (
+        Gemma3,
+        Gemma3Config(**SIZES, head_dim=6, windows=(3, None), query_dim=5, final_softcap=2.0, local_theta=50.0),
+    ),
+    "gpt2": (Gpt2, Gpt2Config(**RECURRENT, heads=4, max_position=64, scaled_by_layer=True)),
     "gpt_oss": (GptOss, GptOssConfig(**SIZES, head_dim=6, experts=3, top_k=2, windows=(3, None), alpha=1.5, limit=0.5)),
     "olmo2": (Olmo2, Olmo2Config(**SIZES, attention_bias=True)),
+    "olmo3": (Olmo3, Olmo3Config(**SIZES, windows=(None, 3), rope_scaling=YarnScaling(2.0, 16), local_theta=50.0)),
+    "phi3": (Phi3, Phi3Config(**SIZES, head_dim=8, window=4, rotary_fraction=0.5, rope_scaling=LONG)),
     "smollm3": (SmolLM3, SmolLM3Config(**SIZES, rotated=(False, True), windows=(None, 4), mlp_bias=True)),
     "mamba2": (
         Mamba2,
@@ -105,10 +121,13 @@ MODELS["qwen3_next"] = (
         partial=0.5,
     ),
 )
+FULL, WINDOW, LINEAR = "full_attention", "sliding_attention", {"rope_type": "linear", "factor": 2.0}
+SU = {"type": "su", "short_factor": [1], "long_factor": [2.0]}
 ATTENTION, DENSE = ["layers/*/attention/{query,key,value,out}"], ["layers/*/mlp/{gate,up,down}"]
 SPARSE = ["layers/*/mlp/experts/{gate,up,down}", "layers/*/mlp/router/weight"]
 STATES = ["layers/*/attention/{in_gate,in_x,in_b,in_c,in_dt,out}"]
 WEIGHTS = {
+    "gpt2": ["positions", *ATTENTION, "layers/*/mlp/{up,down}"],
     "gpt_oss": [*ATTENTION, *SPARSE],
     "mamba2": STATES,
     "mixtral": [*ATTENTION, *SPARSE],
@@ -150,7 +169,11 @@ def test_caches_follow_the_windows() -> None:
     "config",
     [
         *(config for _, config in MODELS.values()),
+        Gemma3Config(**SIZES, head_dim=6),
         MistralConfig(**SIZES),
+        Gpt2Config(**RECURRENT, heads=2, hidden=12, scaled=False, tied=False),
+        Olmo3Config(**SIZES),
+        Phi3Config(**SIZES),
         Qwen2Config(**SIZES, windows=(5, None)),
         Qwen3Config(**SIZES, head_dim=2),
         Qwen3MoeConfig(**SIZES, expert_hidden=6, experts=4, top_k=4, dense_layers=(1,), renormalize=True),
@@ -178,6 +201,27 @@ def test_there_and_back(config: Any) -> None:
         ("qwen3", {}, {"head_dim": 128, "windows": None}),
         ("gemma2", {}, {"head_dim": 256, "windows": (4096, None), "attention_softcap": 50.0, "final_softcap": 30.0}),
         ("gemma2", {"final_logit_softcapping": None, "sliding_window": None}, {"final_softcap": None, "windows": None}),
+        ("gemma3_text", {}, {"head_dim": 256, "kv_heads": 4, "windows": (4096,) * 2, "final_softcap": None}),
+        ("gemma3_text", {}, {"rope_theta": 1e6, "local_theta": 1e4, "rope_scaling": None}),
+        ("gemma3_text", {"rope_local_base_freq": 9, "rope_theta": 7.0}, {"rope_theta": 7.0, "local_theta": 9.0}),
+        ("gemma3_text", {"rope_parameters": {FULL: {"rope_theta": 5.0}}}, {"rope_theta": 5.0, "local_theta": 1e4}),
+        ("gemma3_text", {"rope_parameters": {WINDOW: {"rope_theta": 5.0}}}, {"rope_theta": 1e6, "local_theta": 5.0}),
+        ("gemma3_text", {"sliding_window_pattern": 2, "sliding_window": 5}, {"windows": (5, None)}),
+        ("gemma3_text", {"layer_types": [FULL] * 2, "sliding_window": None}, {"windows": None}),
+        ("olmo3", {}, {"windows": (4096,) * 2, "rope_theta": 5e5, "local_theta": 5e5, "norm_eps": 1e-5}),
+        ("olmo3", {"rope_theta": 7.0}, {"rope_theta": 7.0, "local_theta": 7.0}),
+        (
+            "olmo3",
+            {"rope_scaling": {"rope_type": "linear", "factor": 2.0}, "layer_types": [FULL, WINDOW]},
+            {"rope_scaling": LinearScaling(2.0), "windows": (None, 4096)},
+        ),
+        ("phi3", {}, {"window": None, "rotary_fraction": 1.0, "max_position": 4096, "rope_scaling": None}),
+        ("phi3", {"partial_rotary_factor": 0.5, "head_dim": 8}, {"rotary_fraction": 0.5, "head_dim": 8}),
+        (
+            "phi3",
+            {"rope_scaling": SU, "max_position_embeddings": 8192},
+            {"rope_scaling": LongRopeScaling((1.0,), (2.0,), 4096, factor=2.0)},
+        ),
         ("mixtral", {}, {"experts": 8, "top_k": 2, "window": None, "rope_theta": 1e6, "balanced": False}),
         ("qwen3_moe", {}, {"experts": 128, "top_k": 8, "renormalize": False, "expert_hidden": 768, "kv_heads": 4}),
         ("qwen3_moe", {"num_local_experts": 9, "use_sliding_window": True}, {"experts": 9, "window": 4096}),
@@ -234,6 +278,27 @@ def test_what_is_absent_is_as_in_transformers(config: str, changes: dict[str, An
         ("smollm3", {"no_rope_layers": [1]}, "no_rope_layers=.*for each of 2 layers"),
         ("gemma2", {"final_logit_softcapping": 0.0}, "final_softcap=0.0"),
         ("gemma2", {"use_bidirectional_attention": True}, "only False is supported"),
+        ("gemma3_text", {"attn_logit_softcapping": 50.0}, "only None is supported"),
+        ("gemma3_text", {"final_logit_softcapping": 0.0}, "final_softcap=0.0"),
+        ("gemma3_text", {"use_bidirectional_attention": True}, "only False is supported"),
+        ("gemma3_text", {"rope_parameters": {"rope_type": "default"}}, f"expected an object with '{FULL}'"),
+        ("gemma3_text", {"rope_parameters": {WINDOW: LINEAR}}, "support the type 'default' alone"),
+        ("gemma3_text", {"rope_parameters": {WINDOW: 3}}, "rope_parameters=3; expected an object"),
+        ("gemma3_text", {"rope_local_base_freq": 0.5}, "theta=0.5; expected more than 1"),
+        ("gemma3_text", {"sliding_window": None}, "sliding_window=None; expected an int"),
+        ("gemma3_text", {"sliding_window_pattern": 0}, "sliding_window_pattern=0; expected at least 1"),
+        ("olmo3", {"rope_scaling": LINEAR, "rope_parameters": {FULL: {"rope_type": "default"}}}, "differ"),
+        ("olmo3", {"sliding_window": 0}, "windows="),
+        ("phi3", {"rope_scaling": LINEAR}, "rope type 'linear'; supported are 'default', 'longrope'"),
+        ("phi3", {"rope_scaling": {**SU, "short_factor": 1.0}}, "short_factor=1.0; expected a list of numbers"),
+        ("phi3", {"rope_scaling": {**SU, "long_factor": [1.0, "2"]}}, "long_factor='2'; expected a float"),
+        ("phi3", {"rope_scaling": {**SU, "long_factor": [1.0, 2.0]}}, "as many short as long factors"),
+        ("phi3", {"rope_scaling": {**SU, "short_factor": [1.0] * 3, "long_factor": [1.0] * 3}}, "3 factors; expected"),
+        ("phi3", {"partial_rotary_factor": 1.5}, "rotary_fraction=1.5; expected more than 0 and at most 1"),
+        ("phi3", {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 1.0}}, "in different pl"),
+        ("phi3", {"sliding_window": 0}, "window=0; expected at least 1"),
+        ("phi3", {"embd_pdrop": 0.1}, "embd_pdrop=0.1; only 0.0"),
+        ("llama", {"rope_scaling": SU}, "rope type 'su'; supported are"),
         ("mixtral", {"num_local_experts": 1}, "top_k=2; expected between 1 and the 1 experts"),
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1; only 0.0"),
         ("mixtral", {"router_aux_loss_coef": -1.0}, "balance_coef=-1.0"),
@@ -280,6 +345,56 @@ def test_refused_of_deepseek(version: int, changes: dict[str, Any], message: str
     values = dict(zip(names, (24, 8, 12, 2, 4), strict=True)) | {"num_experts_per_tok": 6}
     with pytest.raises(ConfigError, match=message):
         config_from_hf({"model_type": f"deepseek_v{version}", **values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, {"max_position": 1024, "hidden": None, "inner": 256, "scaled": True, "tied": True, "norm_eps": 1e-5}),
+        ({"n_inner": 7, "n_positions": 9, "attn_pdrop": 0.1}, {"inner": 7, "max_position": 9}),
+        ({"activation_function": "relu"}, "only 'gelu_new' is supported"),
+        ({"add_cross_attention": True}, "only False is supported"),
+        ({"n_inner": 0}, "hidden=0; expected at least 1"),
+        ({"n_head": 5}, "features=64; expected a multiple of heads=5"),
+        ({"hidden_size": 64}, "unknown fields"),
+    ],
+)
+def test_gpt2_has_names_of_its_own(changes: dict[str, Any], expected: dict[str, Any] | str) -> None:
+    """Its config.json says the same in other words."""
+    values = {"model_type": "gpt2", "vocab_size": 24, "n_embd": 64, "n_layer": 2, "n_head": 2, **changes}
+    if isinstance(expected, str):
+        with pytest.raises(ConfigError, match=expected):
+            config_from_hf(values)
+    else:
+        got = config_from_hf(values)
+        assert {name: getattr(got, name) for name in expected} == expected
+
+
+def test_positions_that_were_not_learned() -> None:
+    """The row of another position would be a wrong number that nobody sees."""
+    model = Gpt2(dataclasses.replace(MODELS["gpt2"][1], max_position=4), rngs=nnx.Rngs(0))
+    for count in (4, 5):
+        tokens = jnp.arange(count, dtype=jnp.int32)
+        hidden, _, _ = model.hidden(tokens, tokens, DenseMixer.of(tokens[None]))
+        assert np.isnan(hidden).all() if count > 4 else np.isfinite(hidden).all()
+
+
+def test_scalings_that_cannot_be_written() -> None:
+    """Transformers refuses a Phi-3 with another scaling."""
+    with pytest.raises(ConfigError, match="knows None and LongRopeScaling"):
+        config_to_hf(Phi3Config(**SIZES, rope_scaling=LinearScaling(2.0)), dtype="float32")
+
+
+def test_a_model_for_longer_sequences() -> None:
+    """Short factors beyond the original length give numbers that no model was trained for."""
+    model = Phi3(MODELS["phi3"][1], rngs=nnx.Rngs(0))
+    tokens = jnp.arange(12, dtype=jnp.int32)
+    outs = [one.hidden(tokens, tokens, DenseMixer.of(tokens[None]))[0] for one in (model, model.for_length(16))]
+    np.testing.assert_array_equal(*outs)
+    longer, _, _ = model.for_length(17).hidden(tokens, tokens, DenseMixer.of(tokens[None]))
+    assert not np.allclose(longer, outs[0])
+    with pytest.raises(ValueError, match="length=0; expected at least 1"):
+        model.for_length(0)
 
 
 def test_two_widths_cannot_be_written() -> None:
@@ -335,7 +450,9 @@ def test_a_family_of_ones_own(build: Any, tmp_path: Path) -> None:
     assert not np.allclose(got, plain)
     with pytest.raises(TypeError, match="is of no family of dovetail_models; pass family="):
         save_pretrained(model, tmp_path / "other")
-    assert {family_of(config).config_map.model_type for _, config in MODELS.values()} < set(FAMILIES.values())
+    known = {place.partition(":")[0] for place in FAMILIES.values()}
+    assert {type(config).__module__.rpartition(".")[2] for _, config in MODELS.values()} < known
+    assert all(isinstance(config, family_of(config).config_map.config) for _, config in MODELS.values())
 
 
 @pytest.mark.parametrize("name", MODELS)

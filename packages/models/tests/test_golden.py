@@ -11,12 +11,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from dovetail_kernels import Clamped, LinearScaling, Llama3Scaling, YarnScaling
-from dovetail_models import FAMILIES, from_pretrained, merge, save_pretrained, split, weight_map
+from dovetail_kernels import Clamped, LinearScaling, Llama3Scaling, LongRopeScaling, YarnScaling
+from dovetail_models import FAMILIES, Gpt2, from_pretrained, merge, save_pretrained, split, weight_map
 from dovetail_models.decoder import Block
 from dovetail_models.delta_net import GatedDeltaNet
+from dovetail_models.family import architecture_family
 from dovetail_models.latent import LatentAttention
-from dovetail_models.layers import GatedMLP, GroupedAttention
+from dovetail_models.layers import MLP, GatedMLP, GroupedAttention, LayerNorm
 from dovetail_models.moe import SparseMLP
 from dovetail_models.state_space import StateSpace
 from dovetail_protocols import WindowCache
@@ -41,7 +42,7 @@ def features_of(model: Any, folder: Path) -> set[str]:
     found = {"tied" if config.tied else "untied"}
     found |= attention_features(model, attentions) if attentions else set()
     optional = {
-        "mlp bias": any(mlp.bias for mlp in mlps if isinstance(mlp, GatedMLP)),
+        "mlp bias": any(isinstance(mlp, MLP) or mlp.bias for mlp in mlps if isinstance(mlp, GatedMLP | MLP)),
         "experts": bool(sparse),
         "biases of experts": any(mlp.experts.bias and mlp.router.select.bias for mlp in sparse),
         "clamped units": any(isinstance(mlp.experts.activation, Clamped) for mlp in sparse),
@@ -52,6 +53,7 @@ def features_of(model: Any, folder: Path) -> set[str]:
         "corrected choice of experts": any(mlp.router.select.correction for mlp in sparse),
         "norms before": any(block.before for block in blocks),
         "norms after": any(block.after for block in blocks),
+        "layer norms": isinstance(model.norm, LayerNorm),
         "norm epsilon": config.norm_eps != 1e-6,
         "transformers 4 config": "torch_dtype" in raw,
         "several shards": len(open_directory(folder).files) > 1,
@@ -65,7 +67,9 @@ def features_of(model: Any, folder: Path) -> set[str]:
 def attention_features(model: Any, attentions: list[Any]) -> set[str]:
     config, attention = model.config, attentions[0]
     kinds = {type(None): "default", LinearScaling: "linear", Llama3Scaling: "llama3", YarnScaling: "yarn"}
-    heads = {config.heads: "full heads", 1: "one key-value head"}.get(config.groups, "grouped heads")
+    kinds[LongRopeScaling] = "longrope"
+    heads = {config.heads: "full heads", 1: "one key-value head"}.get(attention.kv_heads, "grouped heads")
+    rotated = [one.rotary for one in attentions if one.rotary is not None]
     windows = [isinstance(spec, WindowCache) for spec in model.cache_specs()]
     optional = {
         "attention bias": attention.bias,
@@ -76,12 +80,16 @@ def attention_features(model: Any, attentions: list[Any]) -> set[str]:
         "norms of each head": attention.normed and attention.query_norm.weight.ndim == 1,
         "norms of all heads": attention.normed and attention.query_norm.weight.ndim == 2,
         "soft caps": attention.softcap is not None and model.unembedding()[2] is not None,
-        "layers without positions": any(one.rotary is None for one in attentions),
+        "rope of two kinds": len(set(rotated)) > 1,
+        "layers without positions": 0 < len(rotated) < len(attentions),
+        "learned positions": isinstance(model, Gpt2),
+        "scaled by layer": len({one.scale for one in attentions}) > 1,
         "window": any(windows),
         "window in some layers": any(windows) and not all(windows),
         "head_dim != d/heads": config.dim != config.features // config.heads,
     }
-    return {heads, f"rope {kinds[type(config.rope_scaling)]}", *(name for name, is_so in optional.items() if is_so)}
+    rope = {f"rope {kinds[type(config.rope_scaling)]}"} if rotated else set[str]()
+    return {heads, *rope, *(name for name, is_so in optional.items() if is_so)}
 
 
 def latent_features(model: Any) -> set[str]:
@@ -115,17 +123,22 @@ def test_matrix_covers_the_families() -> None:
     """Every family, and every feature that they offer, is in some configuration."""
     covered = {feature for case in MATRIX.values() for feature in case["exercises"]}
     assert covered >= {"tied", "untied", "full heads", "grouped heads", "one key-value head", "head_dim != d/heads"}
-    assert covered >= {f"rope {kind}" for kind in ("default", "linear", "llama3", "yarn")}
+    assert covered >= {f"rope {kind}" for kind in ("default", "linear", "llama3", "longrope", "yarn")}
     assert covered >= {"attention bias", "no output bias", "mlp bias", "norms of each head", "norms of all heads"}
     assert covered >= {"window", "window in some layers", "norms before", "norms after", "soft caps"}
     assert covered >= {"attention sinks", "biases of experts", "clamped units"}
-    assert covered >= {"layers without positions", "state space", "limited steps", "delta net"}
+    assert covered >= {"state space", "limited steps", "delta net"}
     assert covered >= {"gated heads", "partly turned heads"}
     assert covered >= {"latent attention", "latent queries", "shared experts", "corrected choice of experts"}
     assert covered >= {"experts", "groups of experts", "experts in some layers", "normalised weights of experts"}
+    assert covered >= {"layers without positions", "rope of two kinds"}
+    assert covered >= {"learned positions", "layer norms", "scaled by layer"}
+    kinds = {architecture_family(name).config_map.model_type for name in FAMILIES}
     encoders = tomllib.loads((Path(__file__).parent / "encoders.toml").read_text())
-    made = {case["family"] for case in MATRIX.values()} | {FAMILIES[e["architecture"]] for e in encoders.values()}
-    assert made == set(FAMILIES.values())
+    made = {case["family"] for case in MATRIX.values()} | {
+        architecture_family(e["architecture"]).config_map.model_type for e in encoders.values()
+    }
+    assert made == kinds
 
 
 @NAMES

@@ -9,6 +9,8 @@ from dovetail_models.description import Description, ParameterGroup, describe
 from dovetail_models.encoder import EncoderConfig
 from dovetail_models.family import FAMILIES, Family
 from dovetail_models.gemma2 import Gemma2, Gemma2Config
+from dovetail_models.gemma3 import Gemma3, Gemma3Config
+from dovetail_models.gpt2 import Gpt2, Gpt2Config
 from dovetail_models.gpt_oss import GptOss, GptOssConfig
 from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_fields import ConfigError
@@ -19,6 +21,8 @@ from dovetail_models.mamba2 import Mamba2, Mamba2Config
 from dovetail_models.mistral import Mistral, MistralConfig
 from dovetail_models.mixtral import Mixtral, MixtralConfig
 from dovetail_models.olmo2 import Olmo2, Olmo2Config
+from dovetail_models.olmo3 import Olmo3, Olmo3Config
+from dovetail_models.phi3 import Phi3, Phi3Config
 from dovetail_models.qwen2 import Qwen2, Qwen2Config
 from dovetail_models.qwen3 import Qwen3, Qwen3Config
 from dovetail_models.qwen3_moe import Qwen3Moe, Qwen3MoeConfig
@@ -60,6 +64,10 @@ __all__ = [
     "Fields",
     "Gemma2",
     "Gemma2Config",
+    "Gemma3",
+    "Gemma3Config",
+    "Gpt2",
+    "Gpt2Config",
     "GptOss",
     "GptOssConfig",
     "HubError",
@@ -73,7 +81,11 @@ __all__ = [
     "MixtralConfig",
     "Olmo2",
     "Olmo2Config",
+    "Olmo3",
+    "Olmo3Config",
     "ParameterGroup",
+    "Phi3",
+    "Phi3Config",
     "Qwen2",
     "Qwen2Config",
     "Qwen3",

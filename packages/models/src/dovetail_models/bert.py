@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dovetail_kernels import einsum, take
-from dovetail_models.encoder import FUNCTIONS, EncoderConfig, Linear, encode
+from dovetail_models.encoder import EncoderConfig, Linear, encode
 from dovetail_models.family import Family
 from dovetail_models.hf_config import ConfigMap
 from dovetail_models.hf_encoder import (
@@ -21,7 +21,7 @@ from dovetail_models.hf_encoder import (
     no_more_tokens,
     norm_rules,
 )
-from dovetail_models.layers import parameter
+from dovetail_models.layers import ACTIVATION_FUNCTIONS, parameter
 from dovetail_runtime import constrain
 from dovetail_weights import Rule, WeightMap
 
@@ -149,7 +149,7 @@ class BertForMaskedLM(nnx.Module):
     def hidden(self, tokens: Int[Array, "batch time"], **options: Any) -> Float[Array, "batch time features"]:
         """Return what the logits are made of; for losses that unembed in chunks. Options are those of `BertModel`."""
         states = self.encoder(tokens, **options)
-        flat = FUNCTIONS[self.config.activation](self.transform(states.reshape(-1, states.shape[-1])))
+        flat = ACTIVATION_FUNCTIONS[self.config.activation](self.transform(states.reshape(-1, states.shape[-1])))
         return self.norm(flat).reshape(states.shape)
 
     def unembedding(self) -> tuple[Any, Any, None]:

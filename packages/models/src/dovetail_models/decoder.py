@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +11,15 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dovetail_kernels import RopeScaling, einsum, take
-from dovetail_models.layers import Initializer, RMSNorm, Rotary, Tables, parameter
+from dovetail_models.layers import Initializer, LayerNorm, RMSNorm, Rotary, Tables, parameter
 from dovetail_models.remat import Remat, remat_policy
 from dovetail_models.stack import Stack, run_layers
 from dovetail_protocols import Auxiliary, CacheSpec
 from dovetail_runtime import constrain
 
 __all__ = ["Block", "Decoder", "DecoderConfig", "StackConfig"]
+
+Norm: TypeAlias = RMSNorm | LayerNorm
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ class StackConfig:
         """Logits become ``cap * tanh(logits / cap)``."""
         return None
 
-    def norm(self, dtype: Any) -> RMSNorm:
+    def norm(self, dtype: Any) -> Norm:
         """Return a norm of the residual stream."""
         return RMSNorm(self.features, eps=self.norm_eps, offset=self.norm_offset, dtype=dtype)
 
@@ -141,14 +143,14 @@ class Block(nnx.Module):
         dtype: of the norms' weights.
     """
 
-    attention_norm: RMSNorm
-    attention_out_norm: RMSNorm
-    mlp_norm: RMSNorm
-    mlp_out_norm: RMSNorm
+    attention_norm: Norm
+    attention_out_norm: Norm
+    mlp_norm: Norm
+    mlp_out_norm: Norm
 
     def __init__(
         self,
-        config: DecoderConfig,
+        config: StackConfig,
         attention: Any,
         mlp: Any,
         *,
@@ -238,11 +240,19 @@ class Decoder(nnx.Module):
         embeds: Float[Array, "tokens features"] | None = None,
     ) -> tuple[Float[Array, "tokens features"], Auxiliary, Any]:
         """See `dovetail_protocols.LanguageModel.hidden`."""
-        x = constrain(self._embedded(tokens) if embeds is None else embeds.astype(self.dtype), "tokens", "embed")
+        x = self._embedded(tokens) if embeds is None else embeds.astype(self.dtype)
+        x = constrain(self.placed(x, positions), "tokens", "embed")
         kinds = dict.fromkeys(layer.attention.rotary for layer in self.layers)
         tables = {rotary: rotary.table(positions) for rotary in kinds if rotary is not None}
         x, total, mixer = run_layers(self.layers, x, tables, mixer, self.remat)
         return self.norm(x), total, mixer
+
+    def placed(
+        self, x: Float[Array, "tokens features"], positions: Int[Array, " tokens"]
+    ) -> Float[Array, "tokens features"]:
+        """Return what the layers begin with; a family whose embeddings tell positions adds them here."""
+        del positions
+        return x
 
     def _embedded(self, tokens: jax.Array) -> jax.Array:
         x, scale = take(self.embedding.get_value(), tokens).astype(self.dtype), self.config.embedding_scale

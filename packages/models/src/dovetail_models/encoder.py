@@ -6,29 +6,25 @@ tokens-major as in decoders, so that both use the same layers. An encoder keeps 
 
 import dataclasses
 import math
-from typing import Any, ClassVar, Literal, TypeAlias
+from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dovetail_kernels import attention, einsum, layer_norm, segments
-from dovetail_models.layers import GroupedAttention, Initializer, parameter
+from dovetail_kernels import attention, einsum, segments
+from dovetail_models.layers import (
+    ACTIVATION_FUNCTIONS,
+    MLP,
+    GroupedAttention,
+    Initializer,
+    LayerNorm,
+    PlainActivation,
+    parameter,
+)
 from dovetail_runtime import constrain
 
-__all__ = ["MLP", "Bidirectional", "EncoderBlock", "EncoderConfig", "LayerNorm", "Linear", "PlainActivation", "encode"]
-
-PlainActivation: TypeAlias = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"]
-"""What is applied to hidden features; "gelu" is the exact one."""
-
-FUNCTIONS = {
-    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
-    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
-    "relu": jax.nn.relu,
-    "silu": jax.nn.silu,
-    "tanh": jnp.tanh,
-}
+__all__ = ["Bidirectional", "EncoderBlock", "EncoderConfig", "Linear", "encode"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,8 +60,8 @@ class EncoderConfig:
                 raise ValueError(f"{name}={getattr(self, name)}; expected a number of at least 0")
         if self.divided and self.features % self.heads:
             raise ValueError(f"features={self.features} is no multiple of heads={self.heads}")
-        if self.activation not in FUNCTIONS:
-            raise ValueError(f"activation={self.activation!r}; expected one of {list(FUNCTIONS)}")
+        if self.activation not in ACTIVATION_FUNCTIONS:
+            raise ValueError(f"activation={self.activation!r}; expected one of {list(ACTIVATION_FUNCTIONS)}")
 
     @property
     def dim(self) -> int:
@@ -99,19 +95,6 @@ class EncoderConfig:
         return EncoderBlock(attention, mlp, norms, before=before)
 
 
-class LayerNorm(nnx.Module):
-    """`dovetail_kernels.layer_norm` with a weight and a bias."""
-
-    def __init__(self, features: int, *, eps: float, dtype: Any = jnp.float32) -> None:
-        self.weight = nnx.Param(jnp.ones(features, dtype), axes=("embed",))
-        self.bias = nnx.Param(jnp.zeros(features, dtype), axes=("embed",))
-        self.eps = eps
-
-    def __call__(self, x: Float[Array, "*tokens features"]) -> Float[Array, "*tokens features"]:
-        """Normalise each token."""
-        return layer_norm(x, self.weight.get_value(), self.bias.get_value(), eps=self.eps)
-
-
 class Linear(nnx.Module):
     """``x weight + bias``, of axes that have the given logical names."""
 
@@ -125,29 +108,6 @@ class Linear(nnx.Module):
         """Transform each token."""
         y = einsum("td,df->tf", x, self.weight.get_value())
         return y + self.bias.get_value().astype(y.dtype)
-
-
-class MLP(nnx.Module):
-    """``down(activation(up(x)))``, with biases or without."""
-
-    def __init__(
-        self, features: int, hidden: int, *, activation: PlainActivation, bias: bool = True, init: Initializer,
-        dtype: Any, rngs: nnx.Rngs,
-    ) -> None:  # fmt: skip
-        self.up = parameter(rngs, (features, hidden), ("embed", "mlp"), init, dtype)
-        self.down = parameter(rngs, (hidden, features), ("mlp", "embed"), init, dtype)
-        if bias:
-            self.up_bias = parameter(rngs, (hidden,), ("mlp",), nnx.initializers.zeros, dtype)
-            self.down_bias = parameter(rngs, (features,), ("embed",), nnx.initializers.zeros, dtype)
-        self.activation, self.bias = activation, bias
-
-    def __call__(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens features"]:
-        """Transform each token."""
-        h = einsum("td,df->tf", x, self.up.get_value())
-        h = h + self.up_bias.get_value().astype(h.dtype) if self.bias else h
-        h = FUNCTIONS[self.activation](constrain(h, "tokens", "mlp"))
-        y = einsum("tf,fd->td", h, self.down.get_value())
-        return y + self.down_bias.get_value().astype(y.dtype) if self.bias else y
 
 
 @jax.tree_util.register_dataclass
@@ -166,6 +126,7 @@ class Bidirectional:
     bias: Any
     batch: int = dataclasses.field(metadata={"static": True})
     time: int = dataclasses.field(metadata={"static": True})
+    per_layer: ClassVar[bool] = False
 
     def attend(
         self,

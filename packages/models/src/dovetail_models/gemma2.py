@@ -13,25 +13,23 @@ from dovetail_models.hf_windows import FULL, WINDOW, check_windows, one_width, r
 from dovetail_models.layers import GatedMLP, GroupedAttention
 from dovetail_weights import WeightMap
 
-__all__ = ["FAMILY", "Gemma2", "Gemma2Config"]
+__all__ = ["FAMILY", "Gemma2", "Gemma2Config", "GemmaConfig", "weight_map"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Gemma2Config(DecoderConfig):
-    """Sizes and options of a Gemma2; see `DecoderConfig` for the others.
+class GemmaConfig(DecoderConfig):
+    """Sizes and options that the Gemmas share; see `DecoderConfig` for the others.
 
     Attributes:
         windows: how many last tokens a token sees, per layer, None for all of them; None for no window anywhere.
         query_dim: logits of attention are divided by its root.
-        attention_softcap: of the logits of attention; None for none.
         final_softcap: of the logits of tokens; None for none.
         attention_bias: biases in the attention's projections.
     """
 
     windows: tuple[int | None, ...] | None = None
     query_dim: int = 256
-    attention_softcap: float | None = 50.0
-    final_softcap: float | None = 30.0
+    final_softcap: float | None = None
     attention_bias: bool = False
     tied: bool = True
 
@@ -40,9 +38,7 @@ class Gemma2Config(DecoderConfig):
         check_windows(self.windows, self.layers)
         if self.query_dim < 1:
             raise ValueError(f"query_dim={self.query_dim}; expected at least 1")
-        for name in ("attention_softcap", "final_softcap"):
-            if (cap := getattr(self, name)) is not None and not cap > 0:
-                raise ValueError(f"{name}={cap}; expected a number above 0, or None")
+        _check_cap("final_softcap", self.final_softcap)
 
     @property
     def norm_offset(self) -> float:
@@ -58,6 +54,27 @@ class Gemma2Config(DecoderConfig):
     def logit_softcap(self) -> float | None:
         """See `final_softcap`."""
         return self.final_softcap
+
+
+def _check_cap(name: str, cap: float | None) -> None:
+    if cap is not None and not cap > 0:
+        raise ValueError(f"{name}={cap}; expected a number above 0, or None")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Gemma2Config(GemmaConfig):
+    """Sizes and options of a Gemma2; see `GemmaConfig` for the others.
+
+    Attributes:
+        attention_softcap: of the logits of attention; None for none.
+    """
+
+    attention_softcap: float | None = 50.0
+    final_softcap: float | None = 30.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_cap("attention_softcap", self.attention_softcap)
 
 
 class Gemma2(Decoder):
@@ -85,7 +102,8 @@ class Gemma2(Decoder):
         return Block(config, attention, mlp, after=True, dtype=weights["dtype"])
 
 
-def _weight_map(config: Gemma2Config) -> WeightMap:
+def weight_map(config: GemmaConfig) -> WeightMap:
+    """Return the names and layouts of the tensors."""
     norms = {
         "attention_norm": "input_layernorm",
         "attention_out_norm": "post_attention_layernorm",
@@ -141,5 +159,5 @@ FAMILY = Family(
             ),
         ),
     ),
-    _weight_map,
+    weight_map,
 )

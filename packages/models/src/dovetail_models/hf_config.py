@@ -54,7 +54,7 @@ class ConfigMap:
         config: makes our configuration of its fields.
         options: fields with a default, as ``{theirs: (ours, type, theirs by default)}``.
         sizes: fields without a default, as ``{theirs: ours}``.
-        attends: it has grouped attention with rotary embeddings.
+        attends: it has grouped attention with rotary embeddings, whose fields are read and written.
         partial: which share of a head's features they turn, our `partial`, where none is given; None where always all.
         fixed: what must have one value for our forward to be right, and is written.
         refused: what must have one value, but is not written.
@@ -62,6 +62,8 @@ class ConfigMap:
         others: fields that become ours by more than a new name.
         rope_theta: base of the wavelengths where none is given.
         rope_scaling: how a longer context is reached where nothing about it is given.
+        local_theta: where layers with a window have a base of their own, the field that holds it in transformers 4, and
+            the base where none is given.
     """
 
     architecture: str
@@ -77,6 +79,7 @@ class ConfigMap:
     others: tuple[Fields, ...] = ()
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    local_theta: tuple[str, float] | None = None
 
     def read(self, values: Mapping[str, Any]) -> Any:
         """Return our configuration of a parsed ``config.json`` (of transformers 4 or 5).
@@ -98,7 +101,8 @@ class ConfigMap:
                 raise ConfigError(f"{name}={values[name]!r}; only {only!r} is supported")
         known = {*self.sizes, *self.options, *self.fixed, *self.refused, *self.ignored, *IGNORED}
         known |= {name for others in self.others for name in others.names}
-        known |= set(hf_rope.FIELDS if self.attends else ()) | set(() if self.partial is None else (hf_rope.SHARE,))
+        known |= set(() if self.partial is None else (hf_rope.SHARE,))
+        known |= {*(hf_rope.FIELDS if self.attends else ()), *(self.local_theta or ())[:1]}
         unknown = sorted(str(name) for name in set(values) - known)
         if unknown:
             raise ConfigError(
@@ -110,17 +114,23 @@ class ConfigMap:
         for others in self.others:
             fields |= others.read(values, fields)
         if self.attends:
-            partial = self.partial is not None
-            theta, scaling = hf_rope.from_hf(values, fields["max_position"], self.rope_theta, partial=partial)
-            if not any(values.get(name) for name in hf_rope.FIELDS[1:]):
-                scaling = self.rope_scaling
-            fields |= {"rope_theta": theta, "rope_scaling": scaling}
+            fields |= self.read_rope(values, fields["max_position"])
         if self.partial is not None:
             fields["partial"] = hf_rope.share(values, self.partial)
         try:
             return self.config(**fields)
         except ValueError as error:
             raise ConfigError(str(error)) from error
+
+    def read_rope(self, values: Mapping[str, Any], max_position: int) -> dict[str, Any]:
+        """Return our rotary settings of a parsed ``config.json``; for errors see `read`."""
+        local: dict[str, Any] = {}
+        if self.local_theta is not None:
+            values, local["local_theta"] = hf_rope.local_from_hf(values, max_position, *self.local_theta)
+        theta, scaling = hf_rope.from_hf(values, max_position, self.rope_theta, partial=self.partial is not None)
+        if not any(values.get(name) for name in hf_rope.FIELDS[1:]):
+            scaling = self.rope_scaling
+        return {"rope_theta": theta, "rope_scaling": scaling, **local}
 
     def _check_architecture(self, values: Mapping[str, Any]) -> None:
         named, kind = values.get("architectures"), values.get("model_type")
@@ -156,12 +166,19 @@ class ConfigMap:
             values |= fields.write(config)
         return values | dict(token_ids or {})
 
+    def write_rope(self, config: Any) -> dict[str, Any]:
+        """Return the rotary settings of ``config.json``."""
+        rope = hf_rope.to_hf(config.rope_theta, config.rope_scaling)
+        if self.local_theta is None:
+            return rope
+        return hf_rope.local_to_hf(rope, self.local_theta[0], config.local_theta)
+
     def _attention(self, config: Any) -> dict[str, Any]:
         if config.features % config.heads:
             raise ConfigError(
                 f"features={config.features} is no multiple of heads={config.heads}; transformers refuses such a model"
             )
-        fields = {"num_key_value_heads": config.groups, **hf_rope.to_hf(config.rope_theta, config.rope_scaling)}
+        fields: dict[str, Any] = {"num_key_value_heads": config.groups, **self.write_rope(config)}
         if "head_dim" in self.options and (config.head_dim is not None or self.options["head_dim"][2] is not None):
             fields["head_dim"] = config.dim
         if self.partial is not None:

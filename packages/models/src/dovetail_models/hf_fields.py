@@ -4,7 +4,10 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["ConfigError", "field"]
+__all__ = ["FULL", "WINDOW", "ConfigError", "field"]
+
+FULL, WINDOW = "full_attention", "sliding_attention"
+"""Kinds of layers."""
 
 _NONE: Any = object()
 

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from dovetail_weights import Reshape, Rule, Stack, Transpose
 
-__all__ = ["OURS", "THEIRS", "decoder_rules", "expert_rules", "mlp_rules"]
+__all__ = ["OURS", "THEIRS", "decoder_rules", "expert_rules", "mlp_rules", "outer_rules"]
 
 OURS, THEIRS = "layers/{i}", "model.layers.{i}"
 
@@ -28,13 +28,16 @@ def decoder_rules(
         norm: of queries and keys, see `GroupedAttention`.
         norms: their names for those of a `Block`.
     """
+    return [*outer_rules(norms), *_attention(config, norm), *mlp_rules()]
+
+
+def outer_rules(norms: Mapping[str, str] = MappingProxyType(NORMS)) -> list[Rule]:
+    """Return the rules of embedding, norms and head alone."""
     return [
         Rule("embedding", "model.embed_tokens.weight"),
         Rule("norm/weight", "model.norm.weight"),
         Rule("head", "lm_head.weight", (Transpose(),)),
         *(Rule(f"{OURS}/{ours}/weight", f"{THEIRS}.{theirs}.weight") for ours, theirs in norms.items()),
-        *_attention(config, norm),
-        *mlp_rules(),
     ]
 
 

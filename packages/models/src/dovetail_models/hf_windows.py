@@ -4,11 +4,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from dovetail_models.hf_config import Fields
-from dovetail_models.hf_fields import ConfigError, field
+from dovetail_models.hf_fields import FULL, WINDOW, ConfigError, field
 
-__all__ = ["FULL", "WINDOW", "check_windows", "one_width", "qwen_windows", "read_types"]
-
-FULL, WINDOW = "full_attention", "sliding_attention"
+__all__ = ["FULL", "WINDOW", "check_windows", "one_width", "periodic_windows", "qwen_windows", "read_types"]
 
 
 def check_windows(windows: tuple[int | None, ...] | None, layers: int) -> None:
@@ -54,6 +52,36 @@ def one_width(windows: tuple[int | None, ...]) -> int | None:
     if len(widths) > 1:
         raise ConfigError(f"windows={windows}; transformers knows one width for all layers of a model")
     return next(iter(widths), None)
+
+
+def periodic_windows(width: int, period: int, period_field: str | None = None) -> Fields:
+    """Return the fields of models in which all layers but the last of each period see a window.
+
+    Args:
+        width: of the windows where none is given.
+        period: layers in it.
+        period_field: has another period.
+    """
+
+    def read(values: Mapping[str, Any], fields: Mapping[str, Any]) -> Mapping[str, Any]:
+        every = period if period_field is None else field(values, period_field, int, period)
+        if every < 1:
+            raise ConfigError(f"{period_field}={every}; expected at least 1")
+        types = read_types(values, fields["layers"], lambda i: WINDOW if (i + 1) % every else FULL)
+        if WINDOW not in types:
+            return {"windows": None}
+        seen = field({"sliding_window": width} | dict(values), "sliding_window", int)  # null is another value than none
+        return {"windows": tuple(seen if kind == WINDOW else None for kind in types)}
+
+    def write(config: Any) -> Mapping[str, Any]:
+        windows = config.windows or (None,) * config.layers
+        return {
+            "sliding_window": one_width(windows) or width,  # transformers wants one even where no layer has a window
+            "layer_types": [FULL if window is None else WINDOW for window in windows],
+        }
+
+    names = ("sliding_window", "layer_types", *(() if period_field is None else (period_field,)))
+    return Fields(names, read, write)
 
 
 def _read_qwen(values: Mapping[str, Any], fields: Mapping[str, Any]) -> Mapping[str, Any]:

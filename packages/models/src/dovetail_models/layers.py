@@ -20,6 +20,7 @@ from dovetail_kernels import (
     RopeTable,
     einsum,
     gated_linear_unit,
+    layer_norm,
     rms_norm,
     rope,
     rope_frequencies,
@@ -28,7 +29,30 @@ from dovetail_kernels import (
 from dovetail_protocols import CacheSpec, FullCache, WindowCache
 from dovetail_runtime import constrain
 
-__all__ = ["GatedMLP", "GroupedAttention", "Initializer", "RMSNorm", "Rotary", "Tables", "parameter"]
+__all__ = [
+    "ACTIVATION_FUNCTIONS",
+    "MLP",
+    "GatedMLP",
+    "GroupedAttention",
+    "Initializer",
+    "LayerNorm",
+    "PlainActivation",
+    "RMSNorm",
+    "Rotary",
+    "Tables",
+    "parameter",
+]
+
+PlainActivation: TypeAlias = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"]
+"""What is applied to hidden features; "gelu" is the exact one."""
+
+ACTIVATION_FUNCTIONS = {
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+    "silu": jax.nn.silu,
+    "tanh": jnp.tanh,
+}
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
@@ -45,21 +69,26 @@ class Rotary:
     """Rotary embeddings; layers with equal ones share a table.
 
     Attributes:
-        dim: features per head, even.
+        dim: features per head that are rotated, the first ones; even.
         theta: base of the wavelengths.
         scaling: how a longer context is reached.
+        length: of the longest sequence, which some scalings depend on; see `dovetail_kernels.rope_frequencies`.
     """
 
     dim: int
     theta: float = 10000.0
     scaling: RopeScaling | None = None
+    length: int | None = None
 
     def __post_init__(self) -> None:
-        rope_frequencies(self.dim, self.theta, self.scaling)
+        self._frequencies()
+
+    def _frequencies(self) -> tuple[Any, float]:
+        return rope_frequencies(self.dim, self.theta, self.scaling, length=self.length)
 
     def table(self, positions: Int[Array, " tokens"]) -> RopeTable:
         """Return cosines and sines of the positions."""
-        frequencies, factor = rope_frequencies(self.dim, self.theta, self.scaling)
+        frequencies, factor = self._frequencies()
         return rope_table(positions, frequencies, factor=factor)
 
 
@@ -93,6 +122,25 @@ class RMSNorm(nnx.Module):
         weight = self.weight.get_value()
         flat = x.reshape(*x.shape[: x.ndim - weight.ndim], weight.size)
         return rms_norm(flat, weight.reshape(-1), weight_offset=self.offset, eps=self.eps).reshape(x.shape)
+
+
+class LayerNorm(nnx.Module):
+    """`dovetail_kernels.layer_norm` with a weight and a bias, over the last axis.
+
+    Args:
+        features: length of the axis.
+        eps: added to the variance.
+        dtype: of weight and bias.
+    """
+
+    def __init__(self, features: int, *, eps: float, dtype: Any = jnp.float32) -> None:
+        self.weight = nnx.Param(jnp.ones(features, dtype), axes=("embed",))
+        self.bias = nnx.Param(jnp.zeros(features, dtype), axes=("embed",))
+        self.eps = eps
+
+    def __call__(self, x: Float[Array, "*tokens features"]) -> Float[Array, "*tokens features"]:
+        """Normalise each token."""
+        return layer_norm(x, self.weight.get_value(), self.bias.get_value(), eps=self.eps)
 
 
 class GroupedAttention(nnx.Module):
@@ -232,5 +280,47 @@ class GatedMLP(nnx.Module):
             gate_bias=biases[0], up_bias=biases[1],
         )  # fmt: skip
         h = checkpoint_name(constrain(h, "tokens", "mlp"), "mlp")
+        y = einsum("tf,fd->td", h, self.down.get_value())
+        return y + self.down_bias.get_value().astype(y.dtype) if self.bias else y
+
+
+class MLP(nnx.Module):
+    """``down(activation(up(x)))``.
+
+    Args:
+        features: width of the residual stream.
+        hidden: width inside.
+        activation: of the hidden units; "gelu" is the exact one.
+        bias: of both products.
+        init: of the weights.
+        out_init: of the last one's; None for `init`.
+        dtype: of the parameters.
+        rngs: where the initial weights come from.
+    """
+
+    def __init__(
+        self,
+        features: int,
+        hidden: int,
+        *,
+        activation: PlainActivation,
+        bias: bool = True,
+        init: Initializer,
+        out_init: Initializer | None = None,
+        dtype: Any,
+        rngs: nnx.Rngs,
+    ) -> None:
+        self.up = parameter(rngs, (features, hidden), ("embed", "mlp"), init, dtype)
+        self.down = parameter(rngs, (hidden, features), ("mlp", "embed"), out_init or init, dtype)
+        if bias:
+            self.up_bias = parameter(rngs, (hidden,), ("mlp",), nnx.initializers.zeros, dtype)
+            self.down_bias = parameter(rngs, (features,), ("embed",), nnx.initializers.zeros, dtype)
+        self.activation, self.bias = activation, bias
+
+    def __call__(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens features"]:
+        """Transform each token."""
+        h = einsum("td,df->tf", x, self.up.get_value())
+        h = h + self.up_bias.get_value().astype(h.dtype) if self.bias else h
+        h = checkpoint_name(ACTIVATION_FUNCTIONS[self.activation](constrain(h, "tokens", "mlp")), "mlp")
         y = einsum("tf,fd->td", h, self.down.get_value())
         return y + self.down_bias.get_value().astype(y.dtype) if self.bias else y

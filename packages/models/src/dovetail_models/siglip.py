@@ -9,9 +9,9 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dovetail_kernels import attention, einsum, take
-from dovetail_models.encoder import MLP, EncoderConfig, Linear, PlainActivation, encode
+from dovetail_models.encoder import EncoderConfig, Linear, encode
 from dovetail_models.hf_encoder import no_more_tokens
-from dovetail_models.layers import parameter
+from dovetail_models.layers import MLP, PlainActivation, parameter
 from dovetail_models.patches import ImageSizes, Patches
 
 __all__ = [

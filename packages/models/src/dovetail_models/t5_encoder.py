@@ -14,12 +14,12 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dovetail_kernels import take
-from dovetail_models.encoder import MLP, EncoderBlock, EncoderConfig, encode
+from dovetail_models.encoder import EncoderBlock, EncoderConfig, encode
 from dovetail_models.family import Family
 from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_encoder import ACTIVATIONS, attention_rules, norm_rules
 from dovetail_models.hf_fields import ConfigError, field
-from dovetail_models.layers import GatedMLP, GroupedAttention, RMSNorm, parameter
+from dovetail_models.layers import MLP, GatedMLP, GroupedAttention, RMSNorm, parameter
 from dovetail_weights import Rule, Transpose, WeightMap
 
 __all__ = ["FAMILY", "T5EncoderConfig", "T5EncoderModel", "relative_buckets"]

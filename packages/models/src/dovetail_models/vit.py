@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
-from dovetail_models.encoder import FUNCTIONS, EncoderConfig, Linear, PlainActivation, encode
+from dovetail_models.encoder import EncoderConfig, Linear, encode
 from dovetail_models.family import Family
 from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_encoder import (
@@ -20,7 +20,7 @@ from dovetail_models.hf_encoder import (
     norm_rules,
 )
 from dovetail_models.hf_fields import ConfigError, field
-from dovetail_models.layers import parameter
+from dovetail_models.layers import ACTIVATION_FUNCTIONS, PlainActivation, parameter
 from dovetail_models.patches import ImageSizes, Patches, patch_rules
 from dovetail_weights import Reshape, Rule, WeightMap
 
@@ -52,8 +52,10 @@ class ViTConfig(ImageSizes, EncoderConfig):
         self.check_image()
         if self.pooled is not None and self.pooled < 1:
             raise ValueError(f"pooled={self.pooled}; expected at least 1, or None")
-        if self.pooler_activation not in FUNCTIONS:
-            raise ValueError(f"pooler_activation={self.pooler_activation!r}; expected one of {list(FUNCTIONS)}")
+        if self.pooler_activation not in ACTIVATION_FUNCTIONS:
+            raise ValueError(
+                f"pooler_activation={self.pooler_activation!r}; expected one of {list(ACTIVATION_FUNCTIONS)}"
+            )
 
     @property
     def max_position(self) -> int:
@@ -117,7 +119,7 @@ class ViTModel(nnx.Module):
 
     def pooled(self, hidden: Float[Array, "batch time features"]) -> Float[Array, "batch pooled"]:
         """Return what the pooler makes of the class token."""
-        return FUNCTIONS[self.config.pooler_activation](self.pooler(hidden[:, 0]))
+        return ACTIVATION_FUNCTIONS[self.config.pooler_activation](self.pooler(hidden[:, 0]))
 
     def example(self, time: int) -> tuple[Any, ...]:
         """Return shapes of the arguments of a call on one image.
