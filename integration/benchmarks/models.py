@@ -1,0 +1,214 @@
+"""Models: importing a Hugging Face directory of 1 GB, against transformers.
+
+The directory is made here, once. Each turn imports it in a process of its own that has imported its libraries and
+allocates memory as a user's would; the time ends when every value of every parameter was read once, since a memory map
+alone is no import. Memory is the largest anonymous memory of that process, libraries included; next to it stands what
+it may be: the weights, 1.3 times the largest tensor and 150 MB.
+"""
+
+import hashlib
+import json
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import llama
+from protocol import Benchmark, Case, Contestant, nearby
+from worker import anonymous_memory
+
+FOLDER = Path(__file__).resolve().parents[2] / ".nox" / "bench-models"
+IMPORT = {"d": 2048, "layers": 3, "heads": 16, "kv_heads": 8, "ff": 5504, "vocab": 32000, "time": 4096}
+SHARD = 300_000_000
+
+
+def checkpoint(c: dict[str, Any]) -> Path:
+    """Write a sharded directory with random weights, unless it is there."""
+    recipe = hashlib.sha256(json.dumps(c).encode() + Path(__file__).read_bytes()).hexdigest()[:16]
+    folder = FOLDER / recipe
+    if folder.exists():
+        return folder
+    shutil.rmtree(FOLDER, ignore_errors=True)
+    partial = FOLDER / "partial"
+    partial.mkdir(parents=True)
+    shapes, owners = llama.shapes(c), {}
+    for number, names in enumerate(shards(shapes)):
+        file = f"model-{number:05}.safetensors"
+        llama.write_tensors(partial / file, {name: values(number, shapes[name]) for name in names})
+        owners |= dict.fromkeys(names, file)
+    (partial / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": owners}))
+    (partial / "config.json").write_text(json.dumps(llama.hf_config(c)))
+    partial.rename(folder)
+    return folder
+
+
+def shards(shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
+    """The names of each file."""
+    found: list[list[str]] = [[]]
+    size = 0
+    for name, shape in shapes.items():
+        size += 4 * math.prod(shape)
+        if found[-1] and size > SHARD:
+            found.append([])
+            size = 4 * math.prod(shape)
+        found[-1].append(name)
+    return found
+
+
+def values(seed: int, shape: tuple[int, ...]) -> Any:
+    """Random weights."""
+    import numpy as np
+
+    return np.random.default_rng(seed).standard_normal(shape, np.float32) * np.float32(0.02)
+
+
+class Import:
+    """A worker whose turns are those of a child; the next child gets ready after the turn."""
+
+    program = ""
+
+    def __init__(self, c: dict[str, Any]) -> None:
+        self.folder, self.config = checkpoint(c), c
+        self.child = self._started()
+        self.name = self.child.readline()["name"]
+
+    def _started(self) -> "Child":
+        return Child(type(self).__name__, self.folder)
+
+    def run(self) -> None:
+        """Import it and read every value."""
+        self.child.go()
+        self.result = self.child.readline()
+
+    def checksum(self) -> list[float]:
+        """The sum of all squares."""
+        return [self.result["squares"]]
+
+    def memory(self) -> float:
+        """The largest anonymous memory of the child, in MB."""
+        self.child.end()
+        self.child = self._started()
+        self.child.readline()
+        return self.result["peak"]
+
+    def extra(self) -> dict[str, float]:
+        """What the peak may be, and what it is without the libraries; the seconds until the model is there."""
+        sizes = [4e-6 * math.prod(shape) for shape in llama.shapes(self.config).values()]
+        allowed = sum(sizes) + 1.3 * max(sizes) + 150
+        found = {"allowed_MB": allowed, "libraries_MB": self.result["before"], "loaded_ms": self.result["loaded"]}
+        return {name: round(value) for name, value in found.items()}
+
+
+class Child:
+    """A process that imports one directory when it is told to."""
+
+    def __init__(self, system: str, folder: Path) -> None:
+        kept = {name: value for name, value in os.environ.items() if not name.startswith("MALLOC_")}
+        command = [sys.executable, __file__, system, str(folder)]
+        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=kept)
+
+    def go(self) -> None:
+        """Let it begin."""
+        print("go", file=self.process.stdin, flush=True)
+
+    def readline(self) -> dict[str, Any]:
+        """Return its next answer."""
+        line = self.process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"the child ended with exit code {self.process.wait()}")
+        return json.loads(line)
+
+    def end(self) -> None:
+        """Wait for its end."""
+        self.process.communicate()
+
+
+class Dovetail(Import):
+    """`dovetail_models.from_pretrained`."""
+
+    @staticmethod
+    def ready() -> tuple[str, Callable[[Path], Iterable[Any]]]:
+        """Return a name and what imports."""
+        import jax
+        import numpy as np
+
+        from dovetail_models import from_pretrained, split
+
+        def load(folder: Path) -> Iterable[Any]:
+            return map(np.asarray, jax.tree.leaves(split(from_pretrained(folder))[1]))
+
+        return f"dovetail, jax {jax.__version__}", load
+
+
+class Transformers(Import):
+    """``AutoModelForCausalLM.from_pretrained``."""
+
+    @staticmethod
+    def ready() -> tuple[str, Callable[[Path], Iterable[Any]]]:
+        """Return a name and what imports."""
+        import torch
+        import transformers
+
+        kind = transformers.LlamaForCausalLM  # its module is imported here
+
+        def load(folder: Path) -> Iterable[Any]:
+            model = kind.from_pretrained(folder, dtype=torch.float32)
+            return [parameter.detach().numpy() for parameter in model.parameters()]
+
+        return f"transformers {transformers.__version__}, torch {torch.__version__}", load
+
+
+def child(system: str, folder: str) -> None:
+    """Get ready, say so, wait, import, and tell what it took."""
+    answers = os.fdopen(os.dup(1), "w", buffering=1)
+    os.dup2(2, 1)
+    name, load = globals()[system].ready()
+    print(json.dumps({"name": name}), file=answers)
+    sys.stdin.readline()
+    before, peak, over = anonymous_memory(), [0.0], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.002):
+            peak[0] = max(peak[0], anonymous_memory())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    started = time.perf_counter()
+    arrays = list(load(Path(folder)))
+    loaded = 1e3 * (time.perf_counter() - started)
+    squares = sum(float((flat := array.reshape(-1)) @ flat) for array in arrays)
+    over.set()
+    watcher.join()
+    result = {"squares": squares, "before": before, "peak": max(peak[0], anonymous_memory()), "loaded": loaded}
+    print(json.dumps(result), file=answers)
+
+
+def import_cases(rng: random.Random | None) -> list[Case]:
+    """The directory of 1 GB and, with a generator, three near it."""
+    steps = {"d": 256, "ff": 64, "layers": 1, "vocab": 64}
+    configs = [IMPORT, *(nearby(rng, IMPORT, steps) for _ in range(3 if rng else 0))]
+    return [import_case(config) for config in configs]
+
+
+def import_case(c: dict[str, Any]) -> Case:
+    """One import."""
+    size = 4e-9 * llama.parameters(c)
+    return Case(f"import {size:.2f} GB float32, Llama d{c['d']} L{c['layers']}", c, tolerance=1e-4)
+
+
+def cases(rng: random.Random | None) -> list[Case]:
+    """All parts; a case of another part names its own pair."""
+    return [*import_cases(rng)]
+
+
+BENCHMARK = Benchmark("models", Contestant("Dovetail", "ours"), Contestant("Transformers", "torch"), cases)
+
+if __name__ == "__main__":
+    child(*sys.argv[1:])
