@@ -456,8 +456,10 @@ def test_a_family_of_ones_own(build: Any, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_on_a_mesh(name: str, objective: Any) -> None:
+def test_on_a_mesh(name: str, objective: Any, soak: bool) -> None:
     """Data, FSDP and tensor parallelism at once leave loss and gradients as they are."""
+    if not soak and name not in ("gemma3", "gpt2", "gpt_oss", "mamba2"):
+        pytest.skip("one family of each kind in the default run, all with the long counts")
     family, config = MODELS[name]
     build = lambda: family(config, rngs=nnx.Rngs(0))  # noqa: E731
     definition, params = split(build())
