@@ -36,15 +36,15 @@ class BenchmarkError(Exception):
 def environment_variables(threads: int) -> dict[str, str]:
     """What a worker sees: this process's variables, the same number of threads for all, and no busy waiting.
 
-    Memory is as in a process that has run for long: glibc keeps what is freed. By itself it does so in one process and
-    not in the next, for buffers of up to 32 MB and never above, and the same program takes 1.0 ms or 4.5 ms, mostly
-    page faults.
+    Memory is as in a process that has run for long: glibc keeps what is freed, but for buffers above 32 MB, the limit
+    that its threshold adapts to. Left to adapt, it is there in one process and not in the next, and the same program
+    takes 1.0 ms or 4.5 ms, mostly page faults.
     """
     count = str(threads)
     settings = {
         "KMP_BLOCKTIME": "0",
         "MALLOC_ARENA_MAX": "1",
-        "MALLOC_MMAP_MAX_": "0",
+        "MALLOC_MMAP_THRESHOLD_": str(1 << 25),
         "MALLOC_TRIM_THRESHOLD_": str(1 << 34),
         "OMP_WAIT_POLICY": "PASSIVE",
         "OMP_NUM_THREADS": count,
