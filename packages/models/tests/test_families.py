@@ -118,7 +118,7 @@ MODELS["qwen3_next"] = (
         value_heads=4,
         key_dim=4,
         value_dim=3,
-        partial=0.5,
+        rotary_fraction=0.5,
     ),
 )
 FULL, WINDOW, LINEAR = "full_attention", "sliding_attention", {"rope_type": "linear", "factor": 2.0}
@@ -233,17 +233,21 @@ def test_there_and_back(config: Any) -> None:
         ("gpt_oss", {}, {"rope_scaling": YarnScaling(32.0, 4096, truncate=False), "rope_theta": 150000.0}),
         ("gpt_oss", {"rope_parameters": {"rope_type": "default"}}, {"rope_scaling": None, "rope_theta": 150000.0}),
         ("olmo2", {}, {"norm_eps": 1e-5, "rope_theta": 10000.0}),
-        ("qwen3_next", {}, {"partial": 0.25, "linear": (True, True), "top_k": 10, "experts": 512, "head_dim": 256}),
+        (
+            "qwen3_next",
+            {},
+            {"rotary_fraction": 0.25, "linear": (True, True), "top_k": 10, "experts": 512, "head_dim": 256},
+        ),
         (
             "qwen3_next",
             {"full_attention_interval": 2},
             {"linear": (True, False), "renormalize": True, "value_heads": 32},
         ),
-        ("qwen3_next", {"partial_rotary_factor": 0.5, "rope_theta": 7.0}, {"partial": 0.5, "rope_theta": 7.0}),
+        ("qwen3_next", {"partial_rotary_factor": 0.5, "rope_theta": 7.0}, {"rotary_fraction": 0.5, "rope_theta": 7.0}),
         (
             "qwen3_next",
             {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 1.0, "rope_theta": 9.0}},
-            {"partial": 1.0, "rope_theta": 9.0},
+            {"rotary_fraction": 1.0, "rope_theta": 9.0},
         ),
         ("smollm3", {}, {"rotated": (True, True), "rope_theta": 2000000.0, "tied": True}),
         ("smollm3", {"no_rope_layer_interval": 2}, {"rotated": (True, False)}),

@@ -55,7 +55,7 @@ class ConfigMap:
         options: fields with a default, as ``{theirs: (ours, type, theirs by default)}``.
         sizes: fields without a default, as ``{theirs: ours}``.
         attends: it has grouped attention with rotary embeddings, whose fields are read and written.
-        partial: which share of a head's features they turn, our `partial`, where none is given; None where always all.
+        rotary_fraction: which share of a head's features they turn, where none is given; None where always all.
         fixed: what must have one value for our forward to be right, and is written.
         refused: what must have one value, but is not written.
         ignored: what does not change the forward, besides what no architecture's forward depends on.
@@ -72,7 +72,7 @@ class ConfigMap:
     options: Mapping[str, tuple[str, type, Any]]
     sizes: Mapping[str, str] = dataclasses.field(default_factory=lambda: SIZES)
     attends: bool = True
-    partial: float | None = None
+    rotary_fraction: float | None = None
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     refused: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     ignored: tuple[str, ...] = ()
@@ -101,7 +101,7 @@ class ConfigMap:
                 raise ConfigError(f"{name}={values[name]!r}; only {only!r} is supported")
         known = {*self.sizes, *self.options, *self.fixed, *self.refused, *self.ignored, *IGNORED}
         known |= {name for others in self.others for name in others.names}
-        known |= set(() if self.partial is None else (hf_rope.SHARE,))
+        known |= set(() if self.rotary_fraction is None else (hf_rope.SHARE,))
         known |= {*(hf_rope.FIELDS if self.attends else ()), *(self.local_theta or ())[:1]}
         unknown = sorted(str(name) for name in set(values) - known)
         if unknown:
@@ -115,8 +115,8 @@ class ConfigMap:
             fields |= others.read(values, fields)
         if self.attends:
             fields |= self.read_rope(values, fields["max_position"])
-        if self.partial is not None:
-            fields["partial"] = hf_rope.share(values, self.partial)
+        if self.rotary_fraction is not None:
+            fields["rotary_fraction"] = hf_rope.share(values, self.rotary_fraction)
         try:
             return self.config(**fields)
         except ValueError as error:
@@ -127,7 +127,9 @@ class ConfigMap:
         local: dict[str, Any] = {}
         if self.local_theta is not None:
             values, local["local_theta"] = hf_rope.local_from_hf(values, max_position, *self.local_theta)
-        theta, scaling = hf_rope.from_hf(values, max_position, self.rope_theta, partial=self.partial is not None)
+        theta, scaling = hf_rope.from_hf(
+            values, max_position, self.rope_theta, partial=self.rotary_fraction is not None
+        )
         if not any(values.get(name) for name in hf_rope.FIELDS[1:]):
             scaling = self.rope_scaling
         return {"rope_theta": theta, "rope_scaling": scaling, **local}
@@ -181,6 +183,6 @@ class ConfigMap:
         fields: dict[str, Any] = {"num_key_value_heads": config.groups, **self.write_rope(config)}
         if "head_dim" in self.options and (config.head_dim is not None or self.options["head_dim"][2] is not None):
             fields["head_dim"] = config.dim
-        if self.partial is not None:
-            fields[hf_rope.SHARE] = fields["rope_parameters"][hf_rope.SHARE] = config.partial
+        if self.rotary_fraction is not None:
+            fields[hf_rope.SHARE] = fields["rope_parameters"][hf_rope.SHARE] = config.rotary_fraction
         return fields

@@ -38,7 +38,7 @@ class Qwen3NextConfig(QwenSparseConfig):
         value_dim: features of a value there.
         conv_width: tokens that a convolution there sees, the token itself included.
         shared_hidden: width of the shared expert.
-        partial: which share of a head's features rotary embeddings turn, in the other layers.
+        rotary_fraction: which share of a head's features rotary embeddings turn, in the other layers.
     """
 
     shared_hidden: int
@@ -49,7 +49,7 @@ class Qwen3NextConfig(QwenSparseConfig):
     value_dim: int = 128
     conv_width: int = 4
     renormalize: bool = True
-    partial: float = 0.25
+    rotary_fraction: float = 0.25
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -68,7 +68,7 @@ class Qwen3NextConfig(QwenSparseConfig):
 
     def rotary(self) -> Rotary:
         """Return the rotary embeddings of layers that attend."""
-        return Rotary(int(self.dim * self.partial), self.rope_theta, self.rope_scaling)
+        return Rotary(int(self.dim * self.rotary_fraction), self.rope_theta, self.rope_scaling)
 
     def is_linear(self, index: int) -> bool:
         """Tell whether a layer is recurrent."""
@@ -225,7 +225,7 @@ FAMILY = Family(
             "decoder_sparse_step": ("sparse_step", int, 1),
             **BALANCE,
         },
-        partial=0.25,
+        rotary_fraction=0.25,
         fixed={"hidden_act": "silu", "attention_dropout": 0.0},
         others=(Fields(("layer_types", "full_attention_interval", "mlp_only_layers"), _read, _write),),
     ),
