@@ -1,5 +1,6 @@
 """Shapes and types of every annotated call are checked at run time; helpers that several files need."""
 
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from flax import nnx
 from dovetail_kernels import DenseMixer, linear_cross_entropy
 
 GOLDEN = Path(__file__).parent / "golden"
+sys.path.insert(0, str(Path(__file__).parent))  # tests import model_toys from here
 
 
 @pytest.fixture
