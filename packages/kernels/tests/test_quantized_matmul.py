@@ -156,14 +156,14 @@ def test_composes_with_transforms_and_shardings(activations: Any) -> None:
 def test_the_float_weight_never_exists() -> None:
     """A quantized model fits where its float weights would not: temporaries are a block, also in the backward pass."""
     x = jax.ShapeDtypeStruct((1, 4096), jnp.float32)
-    w = QuantizedArray(*(jax.ShapeDtypeStruct(*p) for p in (((4096, 256), jnp.int4), ((64, 256), jnp.float32))))
+    w = QuantizedArray(*(jax.ShapeDtypeStruct(*p) for p in (((4096, 4096), jnp.int4), ((64, 4096), jnp.float32))))
 
     def gradient(x: jax.Array, w: QuantizedArray) -> jax.Array:
         return jax.grad(lambda x: jnp.sum(quantized_matmul(x, w, implementation="blocked")))(x)
 
     for function in (quantized_matmul, gradient):
         temp = jax.jit(function).lower(x, w).compile().memory_analysis().temp_size_in_bytes
-        assert temp < 4096 * 256 * 4 / 2
+        assert temp < 4096 * 4096 * 4 / 2
 
 
 W = QuantizedArray(jnp.ones((4, 2), jnp.int8), jnp.ones((1, 2)))

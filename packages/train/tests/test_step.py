@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from train_toys import batch_of, quadratic, regression, tiny
+from train_toys import FarLM, batch_of, quadratic, regression, tiny
 
 from dovetail_train import init_state, make_step, next_token
 
@@ -103,28 +103,89 @@ def test_bad_accumulation_is_refused(accumulate, match):
         gradients(quadratic, params, batch, accumulate)
 
 
+def states(params, batch, row):
+    """The hidden states of a row in float64."""
+    x = np.asarray(params["embedding"], np.float64)[batch.tokens[row]]
+    heads = x.reshape(len(x), 2, -1).transpose(1, 0, 2)
+    seg = batch.segment_ids[row]
+    keep = (seg[:, None] == seg[None]) & (seg[:, None] != 0) & np.tri(len(x), dtype=bool)
+    logits = np.where(keep, heads @ heads.transpose(0, 2, 1) * 0.5, -np.inf)
+    with np.errstate(invalid="ignore"):
+        p = np.exp(logits - logits.max(-1, keepdims=True))
+        p = np.nan_to_num(p / p.sum(-1, keepdims=True))
+    return x + (p @ heads).transpose(1, 0, 2).reshape(x.shape)
+
+
+def nll(params, hidden, target):
+    z = hidden @ np.asarray(params["head"], np.float64)
+    return np.log(np.exp(z).sum()) - z[target]
+
+
 def test_next_token_equals_float64_cross_entropy():
     """Breaks when masks, targets or segments are read wrongly."""
     definition, params = tiny()
     batch = batch_of(3)
     output = next_token(definition)(params, batch)
-    e, head = (np.asarray(params[k], np.float64) for k in ("embedding", "head"))
     total = 0.0
-    for row in range(batch.tokens.shape[0]):
-        x = e[batch.tokens[row]]
-        heads = x.reshape(len(x), 2, -1).transpose(1, 0, 2)
-        seg = batch.segment_ids[row]
-        keep = (seg[:, None] == seg[None]) & (seg[:, None] != 0) & np.tri(len(x), dtype=bool)
-        logits = np.where(keep, heads @ heads.transpose(0, 2, 1) * 0.5, -np.inf)
-        with np.errstate(invalid="ignore"):
-            p = np.exp(logits - logits.max(-1, keepdims=True))
-            p = np.nan_to_num(p / p.sum(-1, keepdims=True))
-        h = x + (p @ heads).transpose(1, 0, 2).reshape(x.shape)
-        z = h @ head
-        nll = np.log(np.exp(z).sum(-1)) - z[np.arange(len(x)), batch.targets[row]]
-        total += (nll * batch.loss_weights[row]).sum()
+    for row, (targets, weights) in enumerate(zip(batch.targets, batch.loss_weights, strict=True)):
+        hidden = states(params, batch, row)
+        total += sum(w * nll(params, h, target) for h, target, w in zip(hidden, targets, weights, strict=True))
     assert float(output.sum) == pytest.approx(total, rel=1e-5)
     assert float(output.weight) == batch.loss_weights.sum()
+
+
+def test_heads_that_look_ahead_equal_float64_cross_entropy():
+    """Breaks when a head is asked for a token of another document, or for the one before or after its own."""
+    definition, params = tiny(model=FarLM)
+    batch = batch_of(3)
+    output = next_token(definition, ahead=(0.5, 0.25))(params, batch)
+    e = np.asarray(params["embedding"], np.float64)
+    rows, time = batch.tokens.shape
+    for head, factor in enumerate((0.5, 0.25)):
+        total = weight = 0.0
+        for row in range(rows):
+            hidden = states(params, batch, row)
+            for t in range(time - head - 1):
+                last = t + head + 1  # predicts the target there
+                if batch.segment_ids[row, t] != batch.segment_ids[row, last]:
+                    continue
+                state = hidden[t] + sum((i + 1) * e[batch.targets[row, t + i]] for i in range(head + 1))
+                total += batch.loss_weights[row, last] * nll(params, state, batch.targets[row, last])
+                weight += batch.loss_weights[row, last]
+        term = output.aux[f"loss/ahead_{head}"]
+        assert float(term.sum) == pytest.approx(factor * total, rel=1e-5)
+        assert float(term.weight) == weight > 0
+    plain = next_token(definition)(params, batch)
+    assert float(output.sum) == float(plain.sum)
+    assert float(output.aux["size"].weight) == float(plain.aux["size"].weight) + 2 * batch.tokens.size
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_accumulation_is_exact_with_heads_that_look_ahead(count):
+    """Their weights differ from those of the next token."""
+    definition, params = tiny(model=FarLM)
+    loss = next_token(definition, ahead=(0.5,))
+    whole, one = gradients(loss, params, batch_of(0), 1)
+    parts, many = gradients(loss, params, batch_of(0), count)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert many == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.parametrize("time", [1, 2])
+def test_rows_too_short_for_a_head(time):
+    """Nothing is left to predict; the gradient is that of the next token, not NaN."""
+    definition, params = tiny(model=FarLM)
+    batch = batch_of(0, time=time)
+    _, metrics = gradients(next_token(definition, ahead=(0, 0.5, 0.5)), params, batch, 1)
+    _, plain = gradients(next_token(definition), params, batch, 1)
+    assert metrics["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
+
+
+def test_a_model_without_heads_that_look_ahead():
+    definition, params = tiny()
+    with pytest.raises(TypeError, match=r"ahead=\(0.5,\), but TinyLM has no look_ahead"):
+        next_token(definition, ahead=(0.5,))(params, batch_of(0))
 
 
 def test_unknown_auxiliary_name_lists_the_known_ones():

@@ -34,8 +34,16 @@ class TinyLM(nnx.Module):
         return einsum("td,dv->tv", hidden, self.head.get_value())
 
 
-def tiny(seed=0):
-    definition, state = nnx.split(TinyLM(rngs=nnx.Rngs(seed)))
+class FarLM(TinyLM):
+    """Its heads that look ahead add the embedding of the following token, times their number."""
+
+    def look_ahead(self, hidden, following, positions, mixer, *, head=0):
+        x = take(self.embedding.get_value(), following)
+        return hidden + (head + 1) * x, {"size": (jnp.sum(x), jnp.float32(x.shape[0]))}, mixer
+
+
+def tiny(seed=0, model=TinyLM):
+    definition, state = nnx.split(model(rngs=nnx.Rngs(seed)))
     return definition, nnx.to_pure_dict(state)
 
 

@@ -1,9 +1,10 @@
 """Products of activations with quantized weights.
 
-``reference`` dequantizes the whole weight. ``blocked`` dequantizes a block of its inner rows at a time, 256 of them or
-those that share a scale where these are more, so that it never holds more of the float weight than that; scales that
-are the same for all inner rows multiply the result instead. With ``activations="int8"`` both operands are integers,
-whose products a CPU computes several times faster than those of floats.
+``reference`` dequantizes the whole weight. ``blocked`` dequantizes a block of its inner rows at a time, a million
+numbers or the rows that share a scale where these are more, so that it never holds more of the float weight than that,
+and a product reads it from a cache; scales that are the same for all inner rows multiply the result instead. With
+``activations="int8"`` both operands are integers, whose products a CPU computes several times faster than those of
+floats.
 """
 
 import math
@@ -26,7 +27,7 @@ __all__ = ["QUANTIZED_MATMUL", "QuantizedActivations", "quantized_matmul"]
 QuantizedActivations: TypeAlias = Literal["int8"] | None
 """How activations are rounded before the product; None leaves them as they are."""
 
-ROWS = 256
+BLOCK = 1 << 20
 LEAST_ROWS = 4
 MOST_ROWS = (2**31 - 1) // (127 * 128)  # whose products of activations and weights an int32 can sum
 
@@ -139,9 +140,9 @@ def _blocked(
     scale: jax.Array,
     zero_point: jax.Array | None,
     activations: Any,
-    rows: int = ROWS,
+    rows: int | None = None,
 ) -> jax.Array:
-    wide, inner = exact(x.dtype), qvalue.shape[0]
+    wide, (inner, outer) = exact(x.dtype), qvalue.shape
     parts = alike(x.astype(wide), qvalue, scale.astype(wide), zero_point)
     if activations is not None:
         return _integers(*parts).astype(x.dtype)
@@ -149,7 +150,7 @@ def _blocked(
     late = scale.shape[0] == 1
     weight = QuantizedArray(qvalue, jnp.ones((1, 1), wide) if late else scale, zero_point, wide)
     group = math.lcm(*(inner // part.shape[0] for part in parts[2:] if part is not None and part.shape[0] > 1))
-    size = max(group, rows // group * group)
+    size = min(inner, max(group, (rows or BLOCK // outer) // group * group))
     whole = inner // size * size
     out = wide_x[:, whole:] @ _inner(weight, whole, inner).dequantize() if whole < inner else jnp.zeros((), wide)
     if whole:

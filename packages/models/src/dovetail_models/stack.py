@@ -16,10 +16,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
 from dovetail_models.remat import Remat
-from dovetail_protocols import Auxiliary
+from dovetail_protocols import Auxiliary, add_auxiliary
 from dovetail_weights import StackedMap, WeightMap
 
-__all__ = ["Cycle", "Stack", "add_auxiliary", "find_cycle", "layer_map", "run_layers"]
+__all__ = ["Cycle", "Stack", "find_cycle", "layer_map", "run_layers"]
 
 PLACE = re.compile(r"layers/(?P<part>before|cycle|after)/(?P<index>[0-9]+)/(?P<rest>.+)")
 
@@ -122,12 +122,6 @@ def _stacked(layers: Sequence[Any]) -> Any:
         metadata = variable.get_metadata()
         stacked[path] = type(variable)(value, **{**metadata, "axes": ("layers", *metadata["axes"])})
     return nnx.merge(definition, nnx.from_flat_state(stacked.items()))
-
-
-def add_auxiliary(one: Auxiliary, other: Auxiliary) -> dict[str, tuple[jax.Array, jax.Array]]:
-    """Return the sums and weights of both, added up where both have a name."""
-    both = {name: jax.tree.map(jnp.add, one[name], other[name]) for name in one if name in other}
-    return {**one, **other, **both}
 
 
 class _Run(NamedTuple):

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         Recurrence,
         RecurrentCache,
         WindowCache,
+        add_auxiliary,
     )
     from dovetail_protocols.quantized import QuantizedArray
 
@@ -77,6 +78,7 @@ __all__ = [
     "TokenLogprob",
     "Tokenizer",
     "WindowCache",
+    "add_auxiliary",
     "batch_size",
     "paths",
     "split_rows",

@@ -22,10 +22,21 @@ __all__ = [
     "Recurrence",
     "RecurrentCache",
     "WindowCache",
+    "add_auxiliary",
 ]
 
 Auxiliary: TypeAlias = Mapping[str, tuple[jax.Array, jax.Array]]
 """Auxiliary losses as ``{name: (sum, weight)}``, additive over rows; returned by a forward, never sown."""
+
+
+def add_auxiliary(one: Auxiliary, other: Auxiliary) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Return the sums and weights of both, added up where both have a name.
+
+    >>> add_auxiliary({"loss/balance": (1.0, 2.0)}, {"loss/balance": (3.0, 4.0), "dropped": (5.0, 6.0)})
+    {'loss/balance': (4.0, 6.0), 'dropped': (5.0, 6.0)}
+    """
+    both = {name: (one[name][0] + other[name][0], one[name][1] + other[name][1]) for name in one if name in other}
+    return {**one, **other, **both}
 
 
 @dataclasses.dataclass(frozen=True)

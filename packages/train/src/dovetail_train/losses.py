@@ -1,13 +1,13 @@
 """Losses of language models, built on `dovetail_kernels`."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 from flax import nnx
 
 from dovetail_kernels import DenseMixer, Wanted, linear_cross_entropy
-from dovetail_protocols import LMBatch, LossOutput, Term
+from dovetail_protocols import LMBatch, LossOutput, Term, add_auxiliary
 
 __all__ = ["next_token"]
 
@@ -16,6 +16,7 @@ def next_token(
     definition: Any,
     *,
     auxiliary: Mapping[str, float] | None = None,
+    ahead: Sequence[float] = (),
     attention: Wanted = None,
 ) -> Callable[[Any, LMBatch], LossOutput]:
     """Return the next-token cross-entropy of a language model as ``loss(params, batch)``, in nats.
@@ -26,25 +27,52 @@ def next_token(
         definition: the static part of an NNX module that meets `dovetail_protocols.LanguageModel`, as from
             ``nnx.split(model)[0]``.
         auxiliary: coefficients of the model's auxiliary losses by name; those not named are reported only.
+        ahead: coefficients of the losses of heads that look further ahead (DeepSeek-V3, arXiv:2412.19437, 2.2), as
+            terms ``loss/ahead_0`` and so on. The model has ``look_ahead(hidden, following, positions, mixer, head=)``,
+            whose head k predicts the token k + 2 places on; it counts where that is of the same segment.
         attention: implementation of the dense mixer.
 
     Raises:
         ValueError: from the loss, when `auxiliary` names a loss that the model does not return.
+        TypeError: `ahead` for a model without such heads.
     """
     coefficients = dict(auxiliary or {})
 
     def loss(params: Any, batch: LMBatch) -> LossOutput:
         model = nnx.merge(definition, params)
+        if ahead and not hasattr(model, "look_ahead"):
+            raise TypeError(f"ahead={tuple(ahead)}, but {type(model).__qualname__} has no look_ahead; leave ahead out")
         mixer = DenseMixer.of(batch.tokens, batch.segment_ids, implementation=attention)
-        hidden, aux, _ = model.hidden(batch.tokens.reshape(-1), batch.positions.reshape(-1), mixer)
+        positions = batch.positions.reshape(-1)
         weight, bias, softcap = model.unembedding()
-        weights = batch.loss_weights.reshape(-1)
-        total = linear_cross_entropy(
-            hidden, weight, batch.targets.reshape(-1), loss_weights=weights, bias=bias, softcap=softcap
-        )
-        return LossOutput(total, jnp.sum(weights), _terms(aux, coefficients))
+
+        def entropy(hidden: Any, targets: Any, weights: Any) -> Term:
+            flat = targets.reshape(-1), weights.reshape(-1)
+            total = linear_cross_entropy(hidden, weight, flat[0], loss_weights=flat[1], bias=bias, softcap=softcap)
+            return Term(total, jnp.sum(flat[1]))
+
+        hidden, aux, _ = model.hidden(batch.tokens.reshape(-1), positions, mixer)
+        main = entropy(hidden, batch.targets, batch.loss_weights)
+        further: dict[str, Term] = {}
+        for head, factor in enumerate(ahead):
+            following, _ = _later(batch, head)
+            hidden, more, _ = model.look_ahead(hidden, following.reshape(-1), positions, mixer, head=head)
+            aux = add_auxiliary(aux, more)
+            term = entropy(hidden, *_later(batch, head + 1))
+            further[f"loss/ahead_{head}"] = Term(factor * term.sum, term.weight)
+        return LossOutput(main.sum, main.weight, _terms(aux, coefficients) | further)
 
     return loss
+
+
+def _later(batch: LMBatch, count: int) -> tuple[Any, Any]:
+    """Return the targets so many places later and their weights: 0 beyond the end of a segment or row."""
+
+    def shifted(x: Any) -> Any:
+        return jnp.pad(x[:, count:], ((0, 0), (0, min(count, x.shape[1]))))
+
+    same = shifted(batch.segment_ids) == batch.segment_ids
+    return shifted(batch.targets), jnp.where(same, shifted(batch.loss_weights), 0)
 
 
 def _terms(aux: Mapping[str, Any], coefficients: Mapping[str, float]) -> dict[str, Term]:
