@@ -177,7 +177,7 @@ def test_rows_too_short_for_a_head(time):
     """Nothing is left to predict; the gradient is that of the next token, not NaN."""
     definition, params = tiny(model=FarLM)
     batch = batch_of(0, time=time)
-    _, metrics = gradients(next_token(definition, ahead=(0, 0.5, 0.5)), params, batch, 1)
+    _, metrics = gradients(next_token(definition, ahead=(0.0, 0.5, 0.5)), params, batch, 1)
     _, plain = gradients(next_token(definition), params, batch, 1)
     assert metrics["grad_norm"] == pytest.approx(plain["grad_norm"], rel=1e-5)
 
