@@ -81,6 +81,11 @@ def test_there_and_back(config: Any) -> None:
         ("phi3", {"partial_rotary_factor": 0.5, "head_dim": 8}, {"rotary_fraction": 0.5, "head_dim": 8}),
         (
             "phi3",
+            {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 1.0}},
+            {"rotary_fraction": 1.0},
+        ),
+        (
+            "phi3",
             {"rope_scaling": SU, "max_position_embeddings": 8192},
             {"rope_scaling": LongRopeScaling((1.0,), (2.0,), 4096, factor=2.0)},
         ),
@@ -160,8 +165,15 @@ def test_what_is_absent_is_as_in_transformers(config: str, changes: dict[str, An
         ("phi3", {"rope_scaling": {**SU, "long_factor": [1.0, "2"]}}, "long_factor='2'; expected a float"),
         ("phi3", {"rope_scaling": {**SU, "long_factor": [1.0, 2.0]}}, "as many short as long factors"),
         ("phi3", {"rope_scaling": {**SU, "short_factor": [1.0] * 3, "long_factor": [1.0] * 3}}, "3 factors; expected"),
-        ("phi3", {"partial_rotary_factor": 1.5}, "rotary_fraction=1.5; expected more than 0 and at most 1"),
-        ("phi3", {"partial_rotary_factor": 0.5, "rope_parameters": {"partial_rotary_factor": 1.0}}, "in different pl"),
+        ("phi3", {"partial_rotary_factor": 1.5}, "partial_rotary_factor=1.5; expected above 0 and at most 1"),
+        (
+            "phi3",
+            {
+                "rope_scaling": {**SU, "partial_rotary_factor": 0.5},
+                "rope_parameters": {**SU, "partial_rotary_factor": 1.0},
+            },
+            "partial_rotary_factor is different in two places",
+        ),
         ("phi3", {"sliding_window": 0}, "window=0; expected at least 1"),
         ("phi3", {"embd_pdrop": 0.1}, "embd_pdrop=0.1; only 0.0"),
         ("llama", {"rope_scaling": SU}, "rope type 'su'; supported are"),
@@ -169,7 +181,11 @@ def test_what_is_absent_is_as_in_transformers(config: str, changes: dict[str, An
         ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise=0.1; only 0.0"),
         ("mixtral", {"router_aux_loss_coef": -1.0}, "balance_coef=-1.0"),
         ("mixtral", {"sliding_window": 0}, "window=0; expected at least 1"),
-        ("qwen3_moe", {"num_experts": 8, "num_local_experts": 9}, "'num_local_experts': 9}; expected one number"),
+        (
+            "qwen3_moe",
+            {"num_experts": 8, "num_local_experts": 9},
+            "num_local_experts=9, num_experts=8; expected one value",
+        ),
         ("qwen3_moe", {"mlp_only_layers": [0.5]}, r"mlp_only_layers=\[0.5\]; expected a list of indices"),
         ("qwen3_moe", {"decoder_sparse_step": 0}, "sparse_step=0"),
         ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 0}, "window=0"),

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from dovetail_kernels import LinearScaling, Llama3Scaling, YarnScaling
-from dovetail_models import ConfigError, LlamaConfig, config_from_hf, config_to_hf
+from dovetail_models import ConfigError, LlamaConfig, MistralConfig, config_from_hf, config_to_hf
 
 BASE: dict[str, Any] = {
     "architectures": ["LlamaForCausalLM"],
@@ -204,8 +204,10 @@ def test_missing_sizes(name: str) -> None:
 
 def test_refused_on_the_way_out() -> None:
     """A directory that transformers would refuse or misread is not written."""
-    config = LlamaConfig(vocab_size=8, features=9, hidden=8, layers=1, heads=2, head_dim=4)
+    sizes = {"vocab_size": 8, "features": 9, "hidden": 8, "layers": 1, "heads": 2, "head_dim": 4}
+    config = LlamaConfig(**sizes)
     with pytest.raises(ConfigError, match="features=9 is no multiple of heads=2"):
         config_to_hf(config, dtype="float32")
+    assert config_to_hf(MistralConfig(**sizes), dtype="float32")["head_dim"] == 4
     with pytest.raises(ConfigError, match=r"\['hidden_size'\]; expected names that end with '_token_id'"):
         config_to_hf(dataclasses.replace(config, features=8), dtype="float32", token_ids={"hidden_size": 1})

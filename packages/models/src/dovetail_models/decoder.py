@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dovetail_kernels import RopeScaling, einsum, take
-from dovetail_models.layers import Initializer, LayerNorm, RMSNorm, Rotary, Tables, parameter
+from dovetail_models.layers import GroupedAttention, Initializer, LayerNorm, RMSNorm, Rotary, Tables, parameter
 from dovetail_models.remat import Remat, remat_policy
 from dovetail_models.stack import Stack, run_layers
 from dovetail_protocols import Auxiliary, CacheSpec
@@ -127,6 +127,16 @@ class DecoderConfig(StackConfig):
     def rotary(self) -> Rotary:
         """Return the rotary embeddings of most layers."""
         return Rotary(self.dim, self.rope_theta, self.rope_scaling)
+
+    def attention(self, **options: Any) -> GroupedAttention:
+        """Return a layer's attention: of these sizes, with these rotary embeddings, its norms as those of the stream.
+
+        Args:
+            options: of `GroupedAttention`, and what `Decoder.block` is given.
+        """
+        sizes = {"heads": self.heads, "kv_heads": self.groups, "head_dim": self.dim}
+        usual: dict[str, Any] = {"rotary": self.rotary(), "norm_eps": self.norm_eps, "norm_offset": self.norm_offset}
+        return GroupedAttention(self.features, **sizes, **usual | options)
 
 
 class Block(nnx.Module):

@@ -86,6 +86,7 @@ FAMILY = Family(
             "first_k_dense_replace": ("first_dense", int, 0),
             "mlp_bias": ("mlp_bias", bool, False),
         },
+        divides=True,
         fixed={"hidden_act": "silu", "attention_dropout": 0.0, "norm_topk_prob": False},
         refused={"pretraining_tp": 1, "moe_layer_freq": 1, "scoring_func": "softmax", "seq_aux": True},
         ignored=("head_dim", "qk_head_dim", "ep_size", "auto_map"),

@@ -4,30 +4,29 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dovetail_models.decoder import Block, Decoder, DecoderConfig
+from dovetail_models.config_parts import LayerWindowsConfig
+from dovetail_models.decoder import Block, Decoder
 from dovetail_models.family import Family
 from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_fields import field
 from dovetail_models.hf_rules import decoder_rules
-from dovetail_models.hf_windows import FULL, WINDOW, check_windows, one_width, read_types
-from dovetail_models.layers import GatedMLP, GroupedAttention
+from dovetail_models.hf_windows import FULL, WINDOW, one_width, read_types
+from dovetail_models.layers import GatedMLP
 from dovetail_weights import WeightMap
 
 __all__ = ["FAMILY", "Gemma2", "Gemma2Config", "GemmaConfig", "weight_map"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GemmaConfig(DecoderConfig):
-    """Sizes and options that the Gemmas share; see `DecoderConfig` for the others.
+class GemmaConfig(LayerWindowsConfig):
+    """Sizes and options that the Gemmas share; see `LayerWindowsConfig` for the others.
 
     Attributes:
-        windows: how many last tokens a token sees, per layer, None for all of them; None for no window anywhere.
         query_dim: logits of attention are divided by its root.
         final_softcap: of the logits of tokens; None for none.
         attention_bias: biases in the attention's projections.
     """
 
-    windows: tuple[int | None, ...] | None = None
     query_dim: int = 256
     final_softcap: float | None = None
     attention_bias: bool = False
@@ -35,7 +34,6 @@ class GemmaConfig(DecoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_windows(self.windows, self.layers)
         if self.query_dim < 1:
             raise ValueError(f"query_dim={self.query_dim}; expected at least 1")
         _check_cap("final_softcap", self.final_softcap)
@@ -85,15 +83,10 @@ class Gemma2(Decoder):
     @staticmethod
     def block(config: Gemma2Config, index: int, **weights: Any) -> Block:
         """See `Decoder.block`."""
-        attention = GroupedAttention(
-            config.features,
-            heads=config.heads,
-            kv_heads=config.groups,
-            head_dim=config.dim,
-            rotary=config.rotary(),
+        attention = config.attention(
             bias=config.attention_bias,
             out_bias=config.attention_bias,
-            window=None if config.windows is None else config.windows[index],
+            window=config.window_of(index),
             softcap=config.attention_softcap,
             scale=config.query_dim**-0.5,
             **weights,
@@ -151,6 +144,7 @@ FAMILY = Family(
             "query_pre_attn_scalar": ("query_dim", int, 256),
             "initializer_range": ("init_std", float, 0.02),
         },
+        divides=True,
         fixed={"hidden_activation": "gelu_pytorch_tanh", "attention_dropout": 0.0},
         refused={"hidden_act": "gelu_pytorch_tanh", "use_bidirectional_attention": False, "cache_implementation": None},
         others=(

@@ -11,7 +11,7 @@ from dovetail_models.family import Family
 from dovetail_models.gemma2 import GemmaConfig, weight_map
 from dovetail_models.hf_config import ConfigMap
 from dovetail_models.hf_windows import periodic_windows
-from dovetail_models.layers import GatedMLP, GroupedAttention, Rotary
+from dovetail_models.layers import GatedMLP, Rotary
 
 __all__ = ["FAMILY", "Gemma3", "Gemma3Config"]
 
@@ -44,18 +44,12 @@ class Gemma3(Decoder):
     @staticmethod
     def block(config: Gemma3Config, index: int, **weights: Any) -> Block:
         """See `Decoder.block`."""
-        window = None if config.windows is None else config.windows[index]
-        attention = GroupedAttention(
-            config.features,
-            heads=config.heads,
-            kv_heads=config.groups,
-            head_dim=config.dim,
+        window = config.window_of(index)
+        attention = config.attention(
             rotary=config.rotary() if window is None else config.local_rotary(),
             bias=config.attention_bias,
             out_bias=config.attention_bias,
             norm="head",
-            norm_eps=config.norm_eps,
-            norm_offset=config.norm_offset,
             window=window,
             scale=config.query_dim**-0.5,
             **weights,
@@ -81,6 +75,7 @@ FAMILY = Family(
             "final_logit_softcapping": ("final_softcap", float, None),
             "initializer_range": ("init_std", float, 0.02),
         },
+        divides=True,
         fixed={"hidden_activation": "gelu_pytorch_tanh", "attention_dropout": 0.0},
         refused={
             "hidden_act": "gelu_pytorch_tanh",

@@ -8,13 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from dovetail_kernels import Clamped, RopeScaling, YarnScaling
+from dovetail_models.config_parts import LayerWindowsConfig
 from dovetail_models.decoder import Block, Decoder
 from dovetail_models.family import Family
 from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_fields import ConfigError, field
 from dovetail_models.hf_rules import OURS, THEIRS, decoder_rules
-from dovetail_models.hf_windows import FULL, WINDOW, check_windows, one_width, read_types
-from dovetail_models.layers import GroupedAttention
+from dovetail_models.hf_windows import FULL, WINDOW, one_width, read_types
 from dovetail_models.moe import BALANCE, Selection, SparseBlock, SparseConfig, sparse_mlp
 from dovetail_weights import Reshape, Rule, Transpose, Unstack, WeightMap
 
@@ -24,11 +24,12 @@ SCALING = YarnScaling(32.0, 4096, truncate=False)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class GptOssConfig(SparseConfig):
-    """Sizes and options of a GptOss; see `SparseConfig` for the others. `hidden` is the width of each expert.
+class GptOssConfig(SparseConfig, LayerWindowsConfig):
+    """Sizes and options of a GptOss; see `SparseConfig` and `LayerWindowsConfig` for the others.
+
+    `hidden` is the width of each expert.
 
     Attributes:
-        windows: how many last tokens a token sees, per layer, None for all of them; None for no window anywhere.
         attention_bias: biases in the attention's projections.
         alpha: see `dovetail_kernels.Clamped`.
         limit: see `dovetail_kernels.Clamped`.
@@ -36,7 +37,6 @@ class GptOssConfig(SparseConfig):
 
     experts: int = 128
     top_k: int = 4
-    windows: tuple[int | None, ...] | None = None
     attention_bias: bool = True
     alpha: float = 1.702
     limit: float = 7.0
@@ -45,7 +45,6 @@ class GptOssConfig(SparseConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_windows(self.windows, self.layers)
         if not self.limit > 0:
             raise ValueError(f"limit={self.limit}; expected a number above 0")
 
@@ -63,15 +62,10 @@ class GptOss(Decoder):
     @staticmethod
     def block(config: GptOssConfig, index: int, **weights: Any) -> Block:
         """See `Decoder.block`."""
-        attention = GroupedAttention(
-            config.features,
-            heads=config.heads,
-            kv_heads=config.groups,
-            head_dim=config.dim,
-            rotary=config.rotary(),
+        attention = config.attention(
             bias=config.attention_bias,
             out_bias=config.attention_bias,
-            window=None if config.windows is None else config.windows[index],
+            window=config.window_of(index),
             sinks=True,
             **weights,
         )

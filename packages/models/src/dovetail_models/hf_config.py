@@ -53,12 +53,14 @@ class ConfigMap:
         model_type: such as ``llama``.
         config: makes our configuration of its fields.
         options: fields with a default, as ``{theirs: (ours, type, theirs by default)}``.
+        aliases: other names of fields, as ``{other: name}``; read, never written.
         sizes: fields without a default, as ``{theirs: ours}``.
         attends: it has grouped attention with rotary embeddings, whose fields are read and written.
         rotary_fraction: which share of a head's features they turn, where none is given; None where always all.
         fixed: what must have one value for our forward to be right, and is written.
         refused: what must have one value, but is not written.
         ignored: what does not change the forward, besides what no architecture's forward depends on.
+        divides: transformers refuses features that are no multiple of the heads.
         others: fields that become ours by more than a new name.
         rope_theta: base of the wavelengths where none is given.
         rope_scaling: how a longer context is reached where nothing about it is given.
@@ -70,12 +72,14 @@ class ConfigMap:
     model_type: str
     config: Callable[..., Any]
     options: Mapping[str, tuple[str, type, Any]]
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict[str, str])
     sizes: Mapping[str, str] = dataclasses.field(default_factory=lambda: SIZES)
     attends: bool = True
     rotary_fraction: float | None = None
     fixed: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     refused: Mapping[str, Any] = dataclasses.field(default_factory=dict[str, Any])
     ignored: tuple[str, ...] = ()
+    divides: bool = False
     others: tuple[Fields, ...] = ()
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
@@ -93,6 +97,7 @@ class ConfigMap:
                 f"quantization_config={quantized!r}; quantized checkpoints are not read. Store the model in bfloat16 "
                 "(`dequantize` of transformers) and leave the field out"
             )
+        values = self._renamed(values)
         absent = [name for name in self.sizes if name not in values]
         if absent:
             raise ConfigError(f"missing fields {absent}; they have no default")
@@ -133,6 +138,18 @@ class ConfigMap:
         if not any(values.get(name) for name in hf_rope.FIELDS[1:]):
             scaling = self.rope_scaling
         return {"rope_theta": theta, "rope_scaling": scaling, **local}
+
+    def _renamed(self, values: Mapping[str, Any]) -> dict[str, Any]:
+        found = {name: value for name, value in values.items() if name not in self.aliases}
+        for other, name in self.aliases.items():
+            given = values.get(other)
+            if given is None:
+                continue
+            if found.get(name) is None:
+                found[name] = given
+            elif found[name] != given:
+                raise ConfigError(f"{other}={given!r}, {name}={found[name]!r}; expected one value, of either name")
+        return found
 
     def _check_architecture(self, values: Mapping[str, Any]) -> None:
         named, kind = values.get("architectures"), values.get("model_type")
@@ -176,7 +193,7 @@ class ConfigMap:
         return hf_rope.local_to_hf(rope, self.local_theta[0], config.local_theta)
 
     def _attention(self, config: Any) -> dict[str, Any]:
-        if config.features % config.heads:
+        if self.divides and config.features % config.heads:
             raise ConfigError(
                 f"features={config.features} is no multiple of heads={config.heads}; transformers refuses such a model"
             )

@@ -64,11 +64,13 @@ def share(values: Mapping[str, Any], default: float) -> float:
     """Return which share of a head's features is turned.
 
     Raises:
-        ConfigError: it is no number from 0 to 1.
+        ConfigError: it is no number from 0 to 1, or two that differ.
     """
-    places = [values.get(name) or {} for name in ("rope_parameters", "rope_scaling")]
-    given = next((place for place in (*places, values) if place.get(SHARE) is not None), {})
-    found = field(given, SHARE, float, default)
+    places = {name: (values.get(name) or {}).get(SHARE) for name in FIELDS[1:]}
+    given = {name: value for name, value in places.items() if value is not None}
+    if len(given) == 2 and given["rope_scaling"] != given["rope_parameters"]:
+        raise ConfigError(f"{SHARE} is different in two places, {given}; expected one number")
+    found = field({SHARE: next(iter(given.values()), values.get(SHARE))}, SHARE, float, default)
     if not 0 < found <= 1:
         raise ConfigError(f"{SHARE}={found}; expected above 0 and at most 1")
     return found

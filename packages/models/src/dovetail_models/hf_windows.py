@@ -6,21 +6,7 @@ from typing import Any
 from dovetail_models.hf_config import Fields
 from dovetail_models.hf_fields import FULL, WINDOW, ConfigError, field
 
-__all__ = ["FULL", "WINDOW", "check_windows", "one_width", "periodic_windows", "qwen_windows", "read_types"]
-
-
-def check_windows(windows: tuple[int | None, ...] | None, layers: int) -> None:
-    """Check windows per layer.
-
-    Raises:
-        ValueError: not one for each layer, or a window that holds no token.
-    """
-    if windows is None:
-        return
-    if len(windows) != layers:
-        raise ValueError(f"windows={windows}; expected one for each of {layers} layers, or None")
-    if any(window is not None and window < 1 for window in windows):
-        raise ValueError(f"windows={windows}; expected numbers of at least 1, or None for all tokens")
+__all__ = ["FULL", "WINDOW", "one_width", "periodic_windows", "qwen_windows", "read_types"]
 
 
 def read_types(values: Mapping[str, Any], layers: int, default: Callable[[int], str]) -> list[str]:

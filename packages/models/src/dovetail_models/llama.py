@@ -10,7 +10,7 @@ from dovetail_models.decoder import Block, Decoder, DecoderConfig
 from dovetail_models.family import Family
 from dovetail_models.hf_config import ConfigMap
 from dovetail_models.hf_rules import decoder_rules
-from dovetail_models.layers import GatedMLP, GroupedAttention
+from dovetail_models.layers import GatedMLP
 from dovetail_weights import WeightMap
 
 __all__ = ["FAMILY", "Llama", "LlamaConfig"]
@@ -38,16 +38,7 @@ class Llama(Decoder):
     def block(config: LlamaConfig, index: int, **weights: Any) -> Block:
         """See `Decoder.block`."""
         del index
-        attention = GroupedAttention(
-            config.features,
-            heads=config.heads,
-            kv_heads=config.groups,
-            head_dim=config.dim,
-            rotary=config.rotary(),
-            bias=config.attention_bias,
-            out_bias=config.attention_bias,
-            **weights,
-        )
+        attention = config.attention(bias=config.attention_bias, out_bias=config.attention_bias, **weights)
         mlp = GatedMLP(config.features, config.hidden, bias=config.mlp_bias, **weights)
         return Block(config, attention, mlp, dtype=weights["dtype"])
 
@@ -72,6 +63,7 @@ FAMILY = Family(
             "attention_bias": ("attention_bias", bool, False),
             "mlp_bias": ("mlp_bias", bool, False),
         },
+        divides=True,
         fixed={"hidden_act": "silu", "pretraining_tp": 1, "attention_dropout": 0.0},
         refused={"rope_interleaved": False, "partial_rotary_factor": 1.0, "add_cross_attention": False},
         ignored=("is_llama_config",),

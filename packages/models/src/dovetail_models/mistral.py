@@ -4,31 +4,21 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dovetail_models.decoder import Block, Decoder, DecoderConfig
+from dovetail_models.config_parts import WindowConfig
+from dovetail_models.decoder import Block, Decoder
 from dovetail_models.family import Family
 from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_fields import field
 from dovetail_models.hf_rules import decoder_rules
-from dovetail_models.layers import GatedMLP, GroupedAttention
+from dovetail_models.layers import GatedMLP
 from dovetail_weights import WeightMap
 
 __all__ = ["FAMILY", "Mistral", "MistralConfig"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MistralConfig(DecoderConfig):
-    """Sizes and options of a Mistral; see `DecoderConfig` for the others.
-
-    Attributes:
-        window: how many last tokens a token sees, in every layer; None for all.
-    """
-
-    window: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window={self.window}; expected at least 1, or None for all tokens")
+class MistralConfig(WindowConfig):
+    """Sizes and options of a Mistral; see `WindowConfig` for the others."""
 
 
 class Mistral(Decoder):
@@ -40,15 +30,7 @@ class Mistral(Decoder):
     def block(config: MistralConfig, index: int, **weights: Any) -> Block:
         """See `Decoder.block`."""
         del index
-        attention = GroupedAttention(
-            config.features,
-            heads=config.heads,
-            kv_heads=config.groups,
-            head_dim=config.dim,
-            rotary=config.rotary(),
-            window=config.window,
-            **weights,
-        )
+        attention = config.attention(window=config.window, **weights)
         mlp = GatedMLP(config.features, config.hidden, **weights)
         return Block(config, attention, mlp, dtype=weights["dtype"])
 

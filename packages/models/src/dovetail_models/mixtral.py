@@ -4,12 +4,12 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from dovetail_models.config_parts import WindowConfig
 from dovetail_models.decoder import Block, Decoder
 from dovetail_models.family import Family
 from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_fields import field
 from dovetail_models.hf_rules import THEIRS, decoder_rules, expert_rules
-from dovetail_models.layers import GroupedAttention
 from dovetail_models.moe import BALANCE, SparseBlock, SparseConfig, sparse_mlp
 from dovetail_weights import WeightMap
 
@@ -17,22 +17,15 @@ __all__ = ["FAMILY", "Mixtral", "MixtralConfig"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class MixtralConfig(SparseConfig):
-    """Sizes and options of a Mixtral; see `SparseConfig` for the others. `hidden` is the width of each expert.
+class MixtralConfig(SparseConfig, WindowConfig):
+    """Sizes and options of a Mixtral; see `SparseConfig` and `WindowConfig` for the others.
 
-    Attributes:
-        window: how many last tokens a token sees, in every layer; None for all.
+    `hidden` is the width of each expert.
     """
 
     experts: int = 8
     top_k: int = 2
-    window: int | None = None
     rope_theta: float = 1000000.0
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window={self.window}; expected at least 1, or None for all tokens")
 
 
 class Mixtral(Decoder):
@@ -44,15 +37,7 @@ class Mixtral(Decoder):
     def block(config: MixtralConfig, index: int, **weights: Any) -> Block:
         """See `Decoder.block`."""
         del index
-        attention = GroupedAttention(
-            config.features,
-            heads=config.heads,
-            kv_heads=config.groups,
-            head_dim=config.dim,
-            rotary=config.rotary(),
-            window=config.window,
-            **weights,
-        )
+        attention = config.attention(window=config.window, **weights)
         return SparseBlock(config, attention, sparse_mlp(config, config.hidden, **weights), dtype=weights["dtype"])
 
 

@@ -7,7 +7,7 @@ from dovetail_models.decoder import Block, Decoder, DecoderConfig
 from dovetail_models.family import Family
 from dovetail_models.hf_config import ConfigMap
 from dovetail_models.hf_rules import decoder_rules
-from dovetail_models.layers import GatedMLP, GroupedAttention, Rotary
+from dovetail_models.layers import GatedMLP, Rotary
 from dovetail_weights import WeightMap
 
 __all__ = ["FAMILY", "OPTIONS", "Olmo2", "Olmo2Config", "block_after", "weight_map"]
@@ -45,16 +45,11 @@ def block_after(config: Olmo2Config, rotary: Rotary, *, window: int | None = Non
         window: how many last tokens a token sees; None for all.
         weights: see `Decoder.block`.
     """
-    attention = GroupedAttention(
-        config.features,
-        heads=config.heads,
-        kv_heads=config.groups,
-        head_dim=config.dim,
+    attention = config.attention(
         rotary=rotary,
         bias=config.attention_bias,
         out_bias=config.attention_bias,
         norm="all",
-        norm_eps=config.norm_eps,
         window=window,
         **weights,
     )

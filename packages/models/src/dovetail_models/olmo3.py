@@ -6,10 +6,11 @@ Olmo Team, arXiv:2512.13961.
 import dataclasses
 from typing import Any
 
+from dovetail_models.config_parts import LayerWindowsConfig
 from dovetail_models.decoder import Block, Decoder
 from dovetail_models.family import Family
 from dovetail_models.hf_config import ConfigMap
-from dovetail_models.hf_windows import check_windows, periodic_windows
+from dovetail_models.hf_windows import periodic_windows
 from dovetail_models.layers import Rotary
 from dovetail_models.olmo2 import OPTIONS, Olmo2Config, block_after, weight_map
 
@@ -17,22 +18,19 @@ __all__ = ["FAMILY", "Olmo3", "Olmo3Config"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Olmo3Config(Olmo2Config):
-    """Sizes and options of an Olmo3; see `Olmo2Config` for the others.
+class Olmo3Config(Olmo2Config, LayerWindowsConfig):
+    """Sizes and options of an Olmo3; see `Olmo2Config` and `LayerWindowsConfig` for the others.
 
     Attributes:
-        windows: how many last tokens a token sees, per layer, None for all of them; None for no window anywhere.
         local_theta: base of the rotary wavelengths in layers with a window, which have no scaling; transformers 4 knows
             models alone in which it is `rope_theta`.
     """
 
-    windows: tuple[int | None, ...] | None = None
     rope_theta: float = 500000.0
     local_theta: float = 500000.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_windows(self.windows, self.layers)
         self.local_rotary()
 
     def local_rotary(self) -> Rotary:
@@ -48,7 +46,7 @@ class Olmo3(Decoder):
     @staticmethod
     def block(config: Olmo3Config, index: int, **weights: Any) -> Block:
         """See `Decoder.block`."""
-        window = None if config.windows is None else config.windows[index]
+        window = config.window_of(index)
         rotary = config.rotary() if window is None else config.local_rotary()
         return block_after(config, rotary, window=window, **weights)
 

@@ -10,13 +10,14 @@ from typing import Any
 from flax import nnx
 
 from dovetail_kernels import LongRopeScaling
-from dovetail_models.decoder import Block, Decoder, DecoderConfig
+from dovetail_models.config_parts import PartlyTurnedConfig, WindowConfig
+from dovetail_models.decoder import Block, Decoder
 from dovetail_models.family import Family
-from dovetail_models.hf_config import ConfigMap, Fields
+from dovetail_models.hf_config import ConfigMap
 from dovetail_models.hf_fields import ConfigError, field
 from dovetail_models.hf_rope import FIELDS, LONG_KINDS, ORIGINAL, from_hf
 from dovetail_models.hf_rules import OURS, THEIRS, outer_rules
-from dovetail_models.layers import GatedMLP, GroupedAttention, Rotary
+from dovetail_models.layers import GatedMLP, Rotary
 from dovetail_models.stack import Stack
 from dovetail_models.state import abstract, merge, split
 from dovetail_weights import Reshape, Rule, Split, Transpose, WeightMap
@@ -27,33 +28,26 @@ ORIGINAL_LENGTH = 4096
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Phi3Config(DecoderConfig):
-    """Sizes and options of a Phi3; see `DecoderConfig` for the others.
+class Phi3Config(WindowConfig, PartlyTurnedConfig):
+    """Sizes and options of a Phi3; see `WindowConfig` and `PartlyTurnedConfig` for the others.
 
     Attributes:
-        window: how many last tokens a token sees, in every layer; None for all.
-        rotary_fraction: which part of each head's features is rotated.
         length: of the longest sequence that the model is used for, which chooses between the two sets of factors of a
             `LongRopeScaling`; None for one within its ``original_max_position``. It is no field of ``config.json``:
             transformers chooses anew in every forward, so that keys of a cache may be rotated by another set than the
             query. See `Phi3.for_length`.
     """
 
-    window: int | None = None
-    rotary_fraction: float = 1.0
     length: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 < self.rotary_fraction <= 1:
-            raise ValueError(f"rotary_fraction={self.rotary_fraction}; expected more than 0 and at most 1")
         super().__post_init__()
-        for name in ("window", "length"):
-            if (value := getattr(self, name)) is not None and value < 1:
-                raise ValueError(f"{name}={value}; expected at least 1, or None")
+        if self.length is not None and self.length < 1:
+            raise ValueError(f"length={self.length}; expected at least 1, or None")
 
     def rotary(self) -> Rotary:
         """See `DecoderConfig.rotary`."""
-        return Rotary(int(self.dim * self.rotary_fraction), self.rope_theta, self.rope_scaling, self.length)
+        return dataclasses.replace(super().rotary(), length=self.length)
 
 
 class Phi3(Decoder):
@@ -65,15 +59,7 @@ class Phi3(Decoder):
     def block(config: Phi3Config, index: int, **weights: Any) -> Block:
         """See `Decoder.block`."""
         del index
-        attention = GroupedAttention(
-            config.features,
-            heads=config.heads,
-            kv_heads=config.groups,
-            head_dim=config.dim,
-            rotary=config.rotary(),
-            window=config.window,
-            **weights,
-        )
+        attention = config.attention(window=config.window, **weights)
         mlp = GatedMLP(config.features, config.hidden, **weights)
         return Block(config, attention, mlp, dtype=weights["dtype"])
 
@@ -122,16 +108,15 @@ class _ConfigMap(ConfigMap):
     def read_rope(self, values: Mapping[str, Any], max_position: int) -> dict[str, Any]:
         original = field(values, ORIGINAL, int, ORIGINAL_LENGTH)
         changed = {name: _usual(name, values[name], original) for name in FIELDS[1:] if values.get(name)}
-        theta, scaling = from_hf({**values, **changed}, max_position, self.rope_theta, kinds=LONG_KINDS)
+        theta, scaling = from_hf({**values, **changed}, max_position, self.rope_theta, partial=True, kinds=LONG_KINDS)
         return {"rope_theta": theta, "rope_scaling": scaling}
 
     def write_rope(self, config: Phi3Config) -> dict[str, Any]:
-        scaling, fraction = config.rope_scaling, {"partial_rotary_factor": config.rotary_fraction}
+        scaling = config.rope_scaling
         if scaling is not None and not isinstance(scaling, LongRopeScaling):
             raise ConfigError(f"rope_scaling={scaling}; transformers knows None and LongRopeScaling for this model")
         original = ORIGINAL_LENGTH if scaling is None else scaling.original_max_position
-        rope = super().write_rope(config)
-        return {**rope, ORIGINAL: original, "rope_parameters": {**rope["rope_parameters"], **fraction}}
+        return {**super().write_rope(config), ORIGINAL: original}
 
 
 def _usual(name: str, given: Any, original: int) -> dict[str, Any]:
@@ -139,23 +124,10 @@ def _usual(name: str, given: Any, original: int) -> dict[str, Any]:
     if not isinstance(given, Mapping):
         raise ConfigError(f"{name}={given!r}; expected an object")
     kind = given.get("rope_type", given.get("type", "default"))
-    rest = {key: value for key, value in given.items() if key not in ("type", "partial_rotary_factor", ORIGINAL)}
+    rest = {key: value for key, value in given.items() if key not in ("type", ORIGINAL)}
     if kind == "default":
         return {**rest, "rope_type": kind}
     return {**rest, "rope_type": "longrope" if kind in ("su", "yarn") else kind, ORIGINAL: original}
-
-
-def _read_fraction(values: Mapping[str, Any], _: Mapping[str, Any]) -> Mapping[str, Any]:
-    name = "partial_rotary_factor"
-    found = [values.get(name), *((values.get(one) or {}).get(name) for one in FIELDS[1:])]
-    given = [field({name: value}, name, float) for value in found if value is not None]
-    if len(set(given)) > 1:
-        raise ConfigError(f"{name} is {given} in different places; expected one number")
-    return {"rotary_fraction": given[0] if given else 1.0}
-
-
-def _write_fraction(config: Phi3Config) -> Mapping[str, Any]:
-    return {"partial_rotary_factor": config.rotary_fraction}
 
 
 FAMILY = Family(
@@ -176,8 +148,8 @@ FAMILY = Family(
         fixed={"hidden_act": "silu", "attention_dropout": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0},
         refused={"attention_bias": False, "mlp_bias": False, "lm_head_bias": False}
         | {"interpolate_factor": 1, "full_attn_mod": 1},
-        ignored=("auto_map",),
-        others=(Fields((ORIGINAL, "partial_rotary_factor"), _read_fraction, _write_fraction),),
+        rotary_fraction=1.0,
+        ignored=("auto_map", ORIGINAL),  # which stands beside the rotary settings, and is read with them
     ),
     _weight_map,
 )

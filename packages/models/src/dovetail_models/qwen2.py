@@ -3,30 +3,21 @@
 import dataclasses
 from typing import Any
 
-from dovetail_models.decoder import Block, Decoder, DecoderConfig
+from dovetail_models.config_parts import LayerWindowsConfig
+from dovetail_models.decoder import Block, Decoder
 from dovetail_models.family import Family
 from dovetail_models.hf_config import ConfigMap
 from dovetail_models.hf_rules import decoder_rules
-from dovetail_models.hf_windows import check_windows, qwen_windows
-from dovetail_models.layers import GatedMLP, GroupedAttention
+from dovetail_models.hf_windows import qwen_windows
+from dovetail_models.layers import GatedMLP
 from dovetail_weights import WeightMap
 
 __all__ = ["FAMILY", "Qwen2", "Qwen2Config"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Qwen2Config(DecoderConfig):
-    """Sizes and options of a Qwen2; see `DecoderConfig` for the others.
-
-    Attributes:
-        windows: how many last tokens a token sees, per layer, None for all of them; None for no window anywhere.
-    """
-
-    windows: tuple[int | None, ...] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_windows(self.windows, self.layers)
+class Qwen2Config(LayerWindowsConfig):
+    """Sizes and options of a Qwen2; see `LayerWindowsConfig` for the others."""
 
 
 class Qwen2(Decoder):
@@ -37,16 +28,7 @@ class Qwen2(Decoder):
     @staticmethod
     def block(config: Qwen2Config, index: int, **weights: Any) -> Block:
         """See `Decoder.block`."""
-        attention = GroupedAttention(
-            config.features,
-            heads=config.heads,
-            kv_heads=config.groups,
-            head_dim=config.dim,
-            rotary=config.rotary(),
-            bias=True,
-            window=None if config.windows is None else config.windows[index],
-            **weights,
-        )
+        attention = config.attention(bias=True, window=config.window_of(index), **weights)
         mlp = GatedMLP(config.features, config.hidden, **weights)
         return Block(config, attention, mlp, dtype=weights["dtype"])
 

@@ -3,32 +3,27 @@
 import dataclasses
 from typing import Any
 
-from dovetail_models.decoder import Block, Decoder, DecoderConfig
+from dovetail_models.config_parts import LayerWindowsConfig
+from dovetail_models.decoder import Block, Decoder
 from dovetail_models.family import Family
 from dovetail_models.hf_config import ConfigMap
 from dovetail_models.hf_rules import decoder_rules
-from dovetail_models.hf_windows import check_windows, qwen_windows
-from dovetail_models.layers import GatedMLP, GroupedAttention
+from dovetail_models.hf_windows import qwen_windows
+from dovetail_models.layers import GatedMLP
 from dovetail_weights import WeightMap
 
 __all__ = ["FAMILY", "Qwen3", "Qwen3Config"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Qwen3Config(DecoderConfig):
-    """Sizes and options of a Qwen3; see `DecoderConfig` for the others.
+class Qwen3Config(LayerWindowsConfig):
+    """Sizes and options of a Qwen3; see `LayerWindowsConfig` for the others.
 
     Attributes:
         attention_bias: biases in the attention's projections.
-        windows: how many last tokens a token sees, per layer, None for all of them; None for no window anywhere.
     """
 
     attention_bias: bool = False
-    windows: tuple[int | None, ...] | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        check_windows(self.windows, self.layers)
 
 
 class Qwen3(Decoder):
@@ -39,17 +34,11 @@ class Qwen3(Decoder):
     @staticmethod
     def block(config: Qwen3Config, index: int, **weights: Any) -> Block:
         """See `Decoder.block`."""
-        attention = GroupedAttention(
-            config.features,
-            heads=config.heads,
-            kv_heads=config.groups,
-            head_dim=config.dim,
-            rotary=config.rotary(),
+        attention = config.attention(
             bias=config.attention_bias,
             out_bias=config.attention_bias,
             norm="head",
-            norm_eps=config.norm_eps,
-            window=None if config.windows is None else config.windows[index],
+            window=config.window_of(index),
             **weights,
         )
         mlp = GatedMLP(config.features, config.hidden, **weights)

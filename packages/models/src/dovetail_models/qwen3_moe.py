@@ -4,19 +4,17 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
+from dovetail_models.config_parts import WindowConfig
 from dovetail_models.decoder import Block, Decoder
 from dovetail_models.family import Family
 from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_fields import ConfigError, field
 from dovetail_models.hf_rules import decoder_rules, expert_rules
-from dovetail_models.layers import GatedMLP, GroupedAttention
+from dovetail_models.layers import GatedMLP
 from dovetail_models.moe import BALANCE, Selection, SparseBlock, SparseConfig, sparse_mlp
 from dovetail_weights import WeightMap
 
 __all__ = ["FAMILY", "Qwen3Moe", "Qwen3MoeConfig", "QwenSparseConfig", "read_dense_layers"]
-
-COUNTS = ("num_experts", "num_local_experts")
-"""The number of experts in checkpoints of transformers 4 and 5."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -54,19 +52,8 @@ class QwenSparseConfig(SparseConfig):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Qwen3MoeConfig(QwenSparseConfig):
-    """Sizes and options of a Qwen3Moe; see `QwenSparseConfig` for the others.
-
-    Attributes:
-        window: how many last tokens a token sees, in every layer; None for all.
-    """
-
-    window: int | None = None
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"window={self.window}; expected at least 1, or None for all tokens")
+class Qwen3MoeConfig(QwenSparseConfig, WindowConfig):
+    """Sizes and options of a Qwen3Moe; see `QwenSparseConfig` and `WindowConfig` for the others."""
 
 
 class Qwen3Moe(Decoder):
@@ -77,16 +64,10 @@ class Qwen3Moe(Decoder):
     @staticmethod
     def block(config: Qwen3MoeConfig, index: int, **weights: Any) -> Block:
         """See `Decoder.block`."""
-        attention = GroupedAttention(
-            config.features,
-            heads=config.heads,
-            kv_heads=config.groups,
-            head_dim=config.dim,
-            rotary=config.rotary(),
+        attention = config.attention(
             bias=config.attention_bias,
             out_bias=config.attention_bias,
             norm="head",
-            norm_eps=config.norm_eps,
             window=config.window,
             **weights,
         )
@@ -118,10 +99,7 @@ def _read(values: Mapping[str, Any], _: Mapping[str, Any]) -> Mapping[str, Any]:
     used = field(values, "use_sliding_window", bool, False)
     given = {"sliding_window": 4096} | dict(values)  # null is another value than none
     width = field(given, "sliding_window", int, None) if used else None
-    counts = {name: field(values, name, int) for name in COUNTS if values.get(name) is not None}
-    if len(set(counts.values())) > 1:
-        raise ConfigError(f"{counts}; expected one number")
-    return {"dense_layers": read_dense_layers(values), "window": width, "experts": next(iter(counts.values()), 128)}
+    return {"dense_layers": read_dense_layers(values), "window": width}
 
 
 def _write(config: Qwen3MoeConfig) -> Mapping[str, Any]:
@@ -129,7 +107,6 @@ def _write(config: Qwen3MoeConfig) -> Mapping[str, Any]:
         "mlp_only_layers": list(config.dense_layers),
         "use_sliding_window": config.window is not None,
         "sliding_window": config.window,
-        "num_experts": config.experts,
     }
 
 
@@ -148,15 +125,17 @@ FAMILY = Family(
             "initializer_range": ("init_std", float, 0.02),
             "attention_bias": ("attention_bias", bool, False),
             "moe_intermediate_size": ("expert_hidden", int, 768),
+            "num_experts": ("experts", int, 128),
             "num_experts_per_tok": ("top_k", int, 8),
             "norm_topk_prob": ("renormalize", bool, False),
             "decoder_sparse_step": ("sparse_step", int, 1),
             **BALANCE,
         },
+        aliases={"num_local_experts": "num_experts"},  # as transformers 4 and 5 write it
         fixed={"hidden_act": "silu", "attention_dropout": 0.0},
         refused={"partial_rotary_factor": 1.0},
         ignored=("max_window_layers",),
-        others=(Fields(("mlp_only_layers", "use_sliding_window", "sliding_window", *COUNTS), _read, _write),),
+        others=(Fields(("mlp_only_layers", "use_sliding_window", "sliding_window"), _read, _write),),
     ),
     _weight_map,
 )

@@ -10,13 +10,14 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from dovetail_kernels import einsum
+from dovetail_models.config_parts import PartlyTurnedConfig
 from dovetail_models.decoder import Block, Decoder
 from dovetail_models.delta_net import GatedDeltaNet
 from dovetail_models.family import Family
 from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_fields import ConfigError, field
 from dovetail_models.hf_rules import decoder_rules, expert_rules
-from dovetail_models.layers import GatedMLP, GroupedAttention, Rotary, parameter
+from dovetail_models.layers import GatedMLP, GroupedAttention, parameter
 from dovetail_models.moe import BALANCE, SparseBlock, sparse_mlp
 from dovetail_models.qwen3_moe import QwenSparseConfig, read_dense_layers
 from dovetail_weights import Reshape, Rule, Split, Transpose, WeightMap
@@ -27,8 +28,8 @@ FULL, LINEAR = "full_attention", "linear_attention"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Qwen3NextConfig(QwenSparseConfig):
-    """Sizes and options of a Qwen3Next; see `QwenSparseConfig` for the others.
+class Qwen3NextConfig(QwenSparseConfig, PartlyTurnedConfig):
+    """Sizes and options of a Qwen3Next; see `QwenSparseConfig` and `PartlyTurnedConfig` for the others.
 
     Attributes:
         linear: which layers are recurrent; None for all but every fourth.
@@ -38,7 +39,6 @@ class Qwen3NextConfig(QwenSparseConfig):
         value_dim: features of a value there.
         conv_width: tokens that a convolution there sees, the token itself included.
         shared_hidden: width of the shared expert.
-        rotary_fraction: which share of a head's features rotary embeddings turn, in the other layers.
     """
 
     shared_hidden: int
@@ -65,10 +65,6 @@ class Qwen3NextConfig(QwenSparseConfig):
     def norm_offset(self) -> float:
         """Weights of norms are stored less 1."""
         return 1.0
-
-    def rotary(self) -> Rotary:
-        """Return the rotary embeddings of layers that attend."""
-        return Rotary(int(self.dim * self.rotary_fraction), self.rope_theta, self.rope_scaling)
 
     def is_linear(self, index: int) -> bool:
         """Tell whether a layer is recurrent."""
@@ -118,17 +114,10 @@ def _linear(config: Qwen3NextConfig, **weights: Any) -> GatedDeltaNet:
 
 
 def _full(config: Qwen3NextConfig, **weights: Any) -> GroupedAttention:
-    return GroupedAttention(
-        config.features,
-        heads=config.heads,
-        kv_heads=config.groups,
-        head_dim=config.dim,
-        rotary=config.rotary(),
+    return config.attention(
         bias=config.attention_bias,
         out_bias=config.attention_bias,
         norm="head",
-        norm_eps=config.norm_eps,
-        norm_offset=config.norm_offset,
         gated=True,
         **weights,
     )

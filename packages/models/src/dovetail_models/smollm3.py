@@ -4,31 +4,30 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from dovetail_models.decoder import Block, Decoder, DecoderConfig
+from dovetail_models.config_parts import LayerWindowsConfig
+from dovetail_models.decoder import Block, Decoder
 from dovetail_models.family import Family
 from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_fields import ConfigError, field
 from dovetail_models.hf_rules import decoder_rules
-from dovetail_models.hf_windows import FULL, WINDOW, check_windows, one_width, read_types
-from dovetail_models.layers import GatedMLP, GroupedAttention
+from dovetail_models.hf_windows import FULL, WINDOW, one_width, read_types
+from dovetail_models.layers import GatedMLP
 from dovetail_weights import WeightMap
 
 __all__ = ["FAMILY", "SmolLM3", "SmolLM3Config"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SmolLM3Config(DecoderConfig):
-    """Sizes and options of a SmolLM3; see `DecoderConfig` for the others.
+class SmolLM3Config(LayerWindowsConfig):
+    """Sizes and options of a SmolLM3; see `LayerWindowsConfig` for the others.
 
     Attributes:
         rotated: which layers have rotary embeddings; None for all but every fourth.
-        windows: how many last tokens a token sees, per layer, None for all of them; None for no window anywhere.
         attention_bias: biases in the attention's projections.
         mlp_bias: biases in the MLP.
     """
 
     rotated: tuple[bool, ...] | None = None
-    windows: tuple[int | None, ...] | None = None
     attention_bias: bool = False
     mlp_bias: bool = False
     rope_theta: float = 2000000.0
@@ -36,7 +35,6 @@ class SmolLM3Config(DecoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_windows(self.windows, self.layers)
         if self.rotated is not None and len(self.rotated) != self.layers:
             raise ValueError(f"rotated={self.rotated}; expected one for each of {self.layers} layers, or None")
 
@@ -53,15 +51,11 @@ class SmolLM3(Decoder):
     @staticmethod
     def block(config: SmolLM3Config, index: int, **weights: Any) -> Block:
         """See `Decoder.block`."""
-        attention = GroupedAttention(
-            config.features,
-            heads=config.heads,
-            kv_heads=config.groups,
-            head_dim=config.dim,
+        attention = config.attention(
             rotary=config.rotary() if config.has_rotary(index) else None,
             bias=config.attention_bias,
             out_bias=config.attention_bias,
-            window=None if config.windows is None else config.windows[index],
+            window=config.window_of(index),
             **weights,
         )
         mlp = GatedMLP(config.features, config.hidden, bias=config.mlp_bias, **weights)
