@@ -208,6 +208,21 @@ def _masked_lm_weight_map(config: BertMaskedLMConfig) -> WeightMap:
     )
 
 
+IGNORED = (
+    *("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "directionality", "pooler_fc_size"),
+    *("pooler_num_attention_heads", "pooler_num_fc_layers", "pooler_size_per_head", "pooler_type"),  # read by nobody
+)
+TASKS = (
+    *("SequenceClassification", "TokenClassification", "QuestionAnswering", "MultipleChoice"),
+    *("NextSentencePrediction", "PreTraining", "MaskedLM"),
+)
+HEADS = ("cls.*", "classifier.*", "qa_outputs.*")
+OLD = tuple(
+    (f"{{x}}.LayerNorm.{new}", f"{{x}}.LayerNorm.{old}") for new, old in (("weight", "gamma"), ("bias", "beta"))
+)
+WITHIN, BARE = (("{x}", "bert.{x}"),), (("bert.{x}", "{x}"),)
+
+
 def _config_map(architecture: str, config: Any, **more: Any) -> ConfigMap:
     return ConfigMap(
         architecture,
@@ -227,17 +242,28 @@ def _config_map(architecture: str, config: Any, **more: Any) -> ConfigMap:
     )
 
 
-DROPOUT = ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout")
-
 FAMILY = Family(
     BertModel,
-    _config_map("BertModel", BertConfig, ignored=(*DROPOUT, "tie_word_embeddings")),
+    _config_map(
+        "BertModel",
+        BertConfig,
+        ignored=(*IGNORED, "tie_word_embeddings"),
+        wholes=tuple(f"BertFor{task}" for task in TASKS),
+    ),
     _weight_map,
-    ignored=("*.position_ids",),
+    ignored=("*.position_ids", "{bert.,}pooler.*", *HEADS),
+    spellings=(OLD, WITHIN, (*OLD, *WITHIN)),
 )
 MASKED_LM = Family(
     BertForMaskedLM,
-    _config_map("BertForMaskedLM", BertMaskedLMConfig, ignored=DROPOUT, fixed={"tie_word_embeddings": True}),
+    _config_map(
+        "BertForMaskedLM",
+        BertMaskedLMConfig,
+        ignored=IGNORED,
+        fixed={"tie_word_embeddings": True},
+        wholes=("BertForPreTraining",),
+    ),
     _masked_lm_weight_map,
-    ignored=("*.position_ids", "cls.predictions.decoder.*", "cls.seq_relationship.*", "bert.pooler.*"),
+    ignored=("*.position_ids", "cls.predictions.decoder.*", "cls.seq_relationship.*", "{bert.,}pooler.*"),
+    spellings=(OLD, BARE, (*OLD, *BARE)),
 )

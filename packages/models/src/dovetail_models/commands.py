@@ -29,6 +29,8 @@ class Describe:
 
     path: str
     """The directory (one that holds config.json alone will do), or a name of the hub such as org/name."""
+    family: str | None = None
+    """Architecture to read out of a larger model, such as T5EncoderModel; default the one that config.json names."""
     revision: str | None = None
     """Branch, tag or commit of the hub."""
     time: int | None = None
@@ -37,18 +39,19 @@ class Describe:
     def run(self) -> None:
         """Print it."""
         with user_errors():
-            from dovetail_models import config_from_hf, describe
+            from dovetail_models import describe
             from dovetail_models.description import size
-            from dovetail_models.hf_directory import noted_dtype, open_pretrained, read_config
+            from dovetail_models.hf_directory import chosen_family, noted_dtype, open_pretrained, read_config
             from dovetail_models.hub import located
 
             folder = located(self.path, self.revision)
             if not any(folder.glob("*.safetensors*")):
                 values = read_config(folder / "config.json")
-                print(describe(config_from_hf(values), time=self.time, param_dtype=noted_dtype(values)))
+                config = chosen_family(values, self.family).config_map.read(values)
+                print(describe(config, time=self.time, param_dtype=noted_dtype(values)))
                 return
-            opened = open_pretrained(folder)
-            names = opened.check()
+            opened = open_pretrained(folder, self.family)
+            names = opened.check().values()
             dtypes = sorted({str(opened.tensors[name].dtype) for name in names})
             print(describe(opened.module(param_dtype=dtypes[0] if len(dtypes) == 1 else "float32"), time=self.time))
             stored = size(sum(opened.tensors[name].nbytes for name in names))
@@ -63,6 +66,8 @@ class Convert:
     """The directory to read, or a name of the hub such as org/name."""
     destination: Path
     """The directory to make."""
+    family: str | None = None
+    """Architecture to read out of a larger model, such as T5EncoderModel; default the one that config.json names."""
     revision: str | None = None
     """Branch, tag or commit of the hub."""
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
@@ -82,6 +87,7 @@ class Convert:
             made = convert(
                 self.source,
                 self.destination,
+                family=self.family,
                 revision=self.revision,
                 dtype=self.dtype,
                 max_shard_bytes=self.max_shard_bytes,

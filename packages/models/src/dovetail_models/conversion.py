@@ -26,14 +26,14 @@ def convert(
     revision: str | None = None,
     dtype: str | None = None,
     max_shard_bytes: int = 5_000_000_000,
-    family: Family | None = None,
+    family: Family | str | None = None,
     overwrite: bool = False,
 ) -> Path:
     """Write a Hugging Face directory again, tensor by tensor, and return its path; all or nothing.
 
     Configuration and headers are checked as `from_pretrained` does before anything is written. Tensors that the model
-    does not need (old buffers, copies of a tied embedding) are left out; the other fields of ``config.json``, the
-    tokenizer's files and the generation settings stay.
+    does not need (old buffers, copies of a tied embedding) are left out, old names become those of today; the other
+    fields of ``config.json``, the tokenizer's files and the generation settings stay.
 
     Args:
         source: the directory to read, or a name of the hub, see `from_pretrained`.
@@ -41,7 +41,7 @@ def convert(
         destination: the directory to make.
         dtype: of the floating-point tensors: ``"bfloat16"``, ``"float16"`` or ``"float32"``; None for their own.
         max_shard_bytes: see `dovetail_weights.write_directory`.
-        family: how to read it; None for the one that ``config.json`` names.
+        family: how to read it, or its architecture, see `from_pretrained`.
         overwrite: replace an existing directory.
 
     Raises:
@@ -56,9 +56,11 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; expected one of {', '.join(DTYPES)}")
     opened = open_pretrained(source, family, revision)
-    tensors = {name: _cast(name, opened.tensors[name], dtype) for name in opened.check()}
+    tensors = {name: _cast(theirs, opened.tensors[theirs], dtype) for name, theirs in opened.check().items()}
     stored = sorted({str(tensor.dtype) for tensor in tensors.values()})
-    values = _with_dtype(opened.values, stored[0]) if len(stored) == 1 else opened.values
+    values = _with_dtype(opened.values, stored[0]) if len(stored) == 1 else dict(opened.values)
+    if "architectures" in values:
+        values["architectures"] = [opened.family.config_map.architecture]
     files: dict[str, str | bytes] = {**files_like(opened.path, FURTHER_FILES)}
     files["config.json"] = json.dumps(values, indent=2) + "\n"
     return write_directory(

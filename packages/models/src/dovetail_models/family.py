@@ -42,6 +42,9 @@ FAMILIES = {
 """The module of each architecture, which defines ``FAMILY``; another name follows a colon."""
 
 
+Spelling = tuple[tuple[str, str], ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class Family:
     """A kind of model.
@@ -51,6 +54,8 @@ class Family:
         config_map: its configuration and ``config.json``.
         weight_map: of a configuration: its parameters and the checkpoint's tensors.
         ignored: tensors that checkpoints may have and the model does not need, as globs.
+        spellings: other ways in which checkpoints spell the tensors' names, see `dovetail_weights.WeightMap.spelled`;
+            the one of which most is there is read, and none of it may be missing.
         held: of a configuration and the names of a checkpoint's tensors: the configuration of what is there, where
             checkpoints may leave out parts of the model.
     """
@@ -59,6 +64,7 @@ class Family:
     config_map: ConfigMap
     weight_map: Callable[[Any], WeightMap]
     ignored: tuple[str, ...] = ()
+    spellings: tuple[Spelling, ...] = ()
     held: Callable[[Any, Collection[str]], Any] = lambda config, _: config
 
 
@@ -73,13 +79,19 @@ def named_family(values: Mapping[str, Any]) -> Family:
         raise ConfigError(f"neither architectures nor model_type; expected architectures=[one of {list(FAMILIES)}]")
     if named is not None:
         if not isinstance(named, list) or len(named) != 1 or named[0] not in FAMILIES:
-            raise ConfigError(f"architectures={named!r}; expected one of {list(FAMILIES)}")
+            parts = [name for name in FAMILIES if named in _wholes(architecture_family(name))]
+            more = f", or family= one of {parts}, which such a checkpoint holds" if parts else ""
+            raise ConfigError(f"architectures={named!r}; expected one of {list(FAMILIES)}{more}")
         return architecture_family(named[0])
     families = [architecture_family(name) for name in sorted(FAMILIES)]  # the bare model last
     kinds = {family.config_map.model_type: family for family in families}
     if kind not in kinds:
         raise ConfigError(f"model_type={kind!r}; expected one of {list(kinds)}")
     return kinds[kind]
+
+
+def _wholes(family: Family) -> list[list[str]]:
+    return [[whole] for whole in family.config_map.wholes]
 
 
 def family_of(x: Any) -> Family:
@@ -97,6 +109,12 @@ def family_of(x: Any) -> Family:
 
 
 def architecture_family(architecture: str) -> Family:
-    """Return the family of one of the `FAMILIES`."""
+    """Return the family of one of the `FAMILIES`.
+
+    Raises:
+        ConfigError: there is no such one.
+    """
+    if architecture not in FAMILIES:
+        raise ConfigError(f"family={architecture!r}; expected one of {list(FAMILIES)}")
     module, _, name = FAMILIES[architecture].partition(":")
     return getattr(importlib.import_module(f"{__package__}.{module}"), name or "FAMILY")

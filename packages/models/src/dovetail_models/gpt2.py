@@ -173,4 +173,6 @@ FAMILY = Family(
         others=(Fields(DROPOUTS, _no_fields, _no_dropout),),
     ),
     _weight_map,
+    ignored=("*.attn.bias", "*.attn.masked_bias"),  # masks
+    spellings=((("transformer.{rest}", "{rest}"),),),
 )

@@ -64,6 +64,7 @@ class ConfigMap:
         others: fields that become ours by more than a new name.
         rope_theta: base of the wavelengths where none is given.
         rope_scaling: how a longer context is reached where nothing about it is given.
+        wholes: architectures of which this one is a part: their ``config.json`` describes it too.
         local_theta: where layers with a window have a base of their own, the field that holds it in transformers 4, and
             the base where none is given.
     """
@@ -83,6 +84,7 @@ class ConfigMap:
     others: tuple[Fields, ...] = ()
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
+    wholes: tuple[str, ...] = ()
     local_theta: tuple[str, float] | None = None
 
     def read(self, values: Mapping[str, Any]) -> Any:
@@ -155,7 +157,7 @@ class ConfigMap:
         named, kind = values.get("architectures"), values.get("model_type")
         if named is None and kind is None:
             raise ConfigError(f"neither architectures nor model_type; expected architectures=[{self.architecture!r}]")
-        if named not in (None, [self.architecture]):
+        if named not in (None, [self.architecture], *([whole] for whole in self.wholes)):
             raise ConfigError(f"architectures={named!r}; expected [{self.architecture!r}]")
         if kind not in (None, self.model_type):
             raise ConfigError(f"model_type={kind!r}; expected {self.model_type!r}")

@@ -9,13 +9,15 @@ from typing import Any
 
 from flax import nnx
 
-from dovetail_models.family import Family, named_family
+from dovetail_models.family import Family, architecture_family, named_family
 from dovetail_models.hf_fields import ConfigError
 from dovetail_models.hub import located
+from dovetail_models.stack import layer_map
 from dovetail_models.state import split
-from dovetail_weights import Directory, check, open_directory
+from dovetail_protocols import paths
+from dovetail_weights import Directory, WeightMap, check, open_directory
 
-__all__ = ["Opened", "noted_dtype", "open_pretrained", "read_config"]
+__all__ = ["Opened", "chosen_family", "noted_dtype", "open_pretrained", "read_config"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,22 +48,37 @@ class Opened:
         tied = ["lm_head.weight"] if getattr(self.config, "tied", False) else []
         return ["*.rotary_emb.inv_freq", *tied, *self.family.ignored]
 
-    def check(self) -> tuple[str, ...]:
-        """Return the names of the tensors that the model needs.
+    def table(self, like: Any) -> WeightMap:
+        """Return the map of a tree of parameters and of the tensors, as this checkpoint spells their names."""
+        plain = layer_map(self.family.weight_map(self.config), self.config.layers)
+        addresses, names = paths.flatten(like), set(self.tensors)
+
+        def there(table: WeightMap) -> int:
+            return sum(name in names for group in table.groups(addresses) for name in group.names)
+
+        others = [plain.spelled(pairs) for pairs in self.family.spellings]
+        return max([plain, *others], key=there) if others else plain
+
+    def check(self) -> dict[str, str]:
+        """Return the names of the tensors that the model needs: as they are written, with those of this checkpoint.
 
         Raises:
             dovetail_weights.WeightsError: tensors are missing, unexpected, or of another shape.
         """
         _, like = split(self.module())
-        return check(self.tensors, self.family.weight_map(self.config), like, ignore=self.ignored)
+        groups = self.family.weight_map(self.config).groups(paths.flatten(like))
+        found = check(self.tensors, self.table(like), like, ignore=self.ignored)
+        return dict(zip((name for group in groups for name in group.names), found, strict=True))
 
 
-def open_pretrained(path: str | os.PathLike[str], family: Family | None = None, revision: str | None = None) -> Opened:
+def open_pretrained(
+    path: str | os.PathLike[str], family: Family | str | None = None, revision: str | None = None
+) -> Opened:
     """Read the configuration and the headers of a directory.
 
     Args:
         path: the directory, or a name of the hub, see `located`.
-        family: how to read it; None for the one that ``config.json`` names.
+        family: how to read it, or its architecture; None for the one that ``config.json`` names.
         revision: of the hub.
 
     Raises:
@@ -72,12 +89,19 @@ def open_pretrained(path: str | os.PathLike[str], family: Family | None = None, 
     """
     folder = located(path, revision)
     values = read_config(folder / "config.json")
-    family = named_family(values) if family is None else family
+    family = chosen_family(values, family)
     config = family.config_map.read(values)
     tensors = open_directory(folder)
     if config.layers > len(tensors):
         raise ConfigError(f"num_hidden_layers={config.layers}, but the checkpoint has only {len(tensors)} tensors")
     return Opened(folder, values, family, family.held(config, tensors), tensors)
+
+
+def chosen_family(values: Mapping[str, Any], family: Family | str | None) -> Family:
+    """Return the family of an architecture, or without one that of a parsed ``config.json``; for errors see there."""
+    if isinstance(family, str):
+        return architecture_family(family)
+    return named_family(values) if family is None else family
 
 
 def read_config(path: Path) -> dict[str, Any]:

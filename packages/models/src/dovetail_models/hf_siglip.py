@@ -109,7 +109,8 @@ TEXT = Family(
         {"max_position_embeddings": ("max_position", int, 64), "projection_size": ("projection", int, None)},
     ),
     lambda config: WeightMap(_text_rules(config)),
-    ignored=("embeddings.position_ids",),
+    ignored=("*.position_ids",),
+    spellings=((("{x}", "text_model.{x}"),),),  # transformers 4
 )
 VISION = Family(
     SiglipVisionModel,
@@ -126,7 +127,8 @@ VISION = Family(
         },
     ),
     lambda config: WeightMap(_vision_rules(config)),
-    ignored=("embeddings.position_ids",),
+    ignored=("*.position_ids",),
+    spellings=((("{x}", "vision_model.{x}"),),),
 )
 TOWERS = {"text": ("text_config", TEXT), "vision": ("vision_config", VISION)}
 # The original checkpoints leave out what is as in the base models.

@@ -52,7 +52,7 @@ def from_pretrained(
     path: str | os.PathLike[str],
     *,
     revision: str | None = None,
-    family: Family | None = None,
+    family: Family | str | None = None,
     param_dtype: Any = jnp.float32,
     dtype: Any = None,
     mesh: Mesh | None = None,
@@ -67,7 +67,8 @@ def from_pretrained(
         path: the directory; or, where there is none of that name, a model of the hub such as ``"org/name"``, which is
             downloaded once (with the extra ``hub``; the token and the cache are those of `huggingface_hub`).
         revision: branch, tag or commit of a model of the hub; None for its main branch.
-        family: how to read it; None for the one that ``config.json`` names.
+        family: how to read it; None for the one that ``config.json`` names. An architecture such as
+            ``"T5EncoderModel"`` reads that part out of a larger model.
         param_dtype: dtype of the parameters; float tensors are cast to it.
         dtype: dtype of activations and products; None for `param_dtype`.
         mesh: where to put the parameters, together with `rules`; by default on the default device.
@@ -87,8 +88,7 @@ def from_pretrained(
     module = opened.module(param_dtype=param_dtype, dtype=dtype, **options)
     definition, like = split(module)
     places = None if mesh is None or rules is None else placements(module, mesh, rules)
-    table = layer_map(opened.family.weight_map(opened.config), opened.config.layers)
-    return merge(definition, load(opened.tensors, table, like, shardings=places, ignore=opened.ignored))
+    return merge(definition, load(opened.tensors, opened.table(like), like, shardings=places, ignore=opened.ignored))
 
 
 def save_pretrained(

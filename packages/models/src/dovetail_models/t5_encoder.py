@@ -217,7 +217,9 @@ FAMILY = Family(
             *("scale_decoder_outputs", "n_positions", "output_past"),
         ),
         others=(Fields(("feed_forward_proj", "is_gated_act", "dense_act_fn", "num_decoder_layers"), _read, _write),),
+        wholes=("T5ForConditionalGeneration", "T5Model", "T5WithLMHeadModel"),
     ),
     _weight_map,
     ignored=("encoder.embed_tokens.weight", "decoder.*", "lm_head.weight"),
+    spellings=((("shared.weight", "encoder.embed_tokens.weight"),),),
 )

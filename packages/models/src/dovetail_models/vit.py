@@ -199,7 +199,7 @@ def _write_labels(config: ViTClassifierConfig) -> Mapping[str, Any]:
     return {"id2label": names, "label2id": {name: int(i) for i, name in names.items()}}
 
 
-def _config_map(architecture: str, config: Any, *others: Fields) -> ConfigMap:
+def _config_map(architecture: str, config: Any, *others: Fields, **more: Any) -> ConfigMap:
     return ConfigMap(
         architecture,
         "vit",
@@ -221,10 +221,17 @@ def _config_map(architecture: str, config: Any, *others: Fields) -> ConfigMap:
             activation_field("pooler_act", "pooler_activation", "tanh"),
             *others,
         ),
+        **more,
     )
 
 
-FAMILY = Family(ViTModel, _config_map("ViTModel", ViTConfig), _weight_map)
+FAMILY = Family(
+    ViTModel,
+    _config_map("ViTModel", ViTConfig, wholes=("ViTForImageClassification",)),
+    _weight_map,
+    ignored=("{vit.,}pooler.*", "classifier.*"),
+    spellings=((("{x}", "vit.{x}"),),),
+)
 CLASSIFIER = Family(
     ViTForImageClassification,
     _config_map(

@@ -6,6 +6,7 @@ import itertools
 import re
 import string
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from typing import Self
 
 from dovetail_weights.errors import WeightsError, listing, nearest
 from dovetail_weights.lazy import Lazy
@@ -54,6 +55,14 @@ class Rule:
         """Return the variables' values if `address` is one of the rule's first template."""
         found = _pattern(self.addresses[0]).fullmatch(address)
         return None if found is None else found.groupdict()
+
+    def spelled(self, pairs: Sequence[tuple[str, str]]) -> "Rule":
+        """Return the rule with other names, see `WeightMap.spelled`."""
+        names = self.names
+        for template, other in pairs:
+            found = [_pattern(template).fullmatch(name) for name in names]
+            names = [name if m is None else other.format(**m.groupdict()) for name, m in zip(names, found, strict=True)]
+        return dataclasses.replace(self, names=tuple(names))
 
     def group(self, values: Mapping[str, str]) -> "Group":
         """Return the rule with its variables filled in."""
@@ -120,6 +129,18 @@ class WeightMap:
     """
 
     rules: Sequence[Rule]
+
+    def spelled(self, pairs: Sequence[tuple[str, str]]) -> Self:
+        """Return the map for checkpoints that spell names in another way.
+
+        Args:
+            pairs: templates of a name and of what it becomes; each changes what the ones before it made.
+
+        >>> table = WeightMap([Rule("norms/{i}", "model.{i}.weight")])
+        >>> table.spelled([("model.{rest}", "{rest}"), ("{rest}.weight", "{rest}.gamma")]).groups(["norms/3"])[0].names
+        ('3.gamma',)
+        """
+        return dataclasses.replace(self, rules=[rule.spelled(pairs) for rule in self.rules])
 
     def groups(self, addresses: Collection[str]) -> list[Group]:
         """Return one group for each set of leaves that belong together, in the order of the addresses.
