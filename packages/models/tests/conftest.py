@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dovetail_kernels import DenseMixer, linear_cross_entropy
+from dovetail_runtime import split_of
 
 GOLDEN = Path(__file__).parent / "golden"
 sys.path.insert(0, str(Path(__file__).parent))  # tests import model_toys from here
@@ -89,7 +90,8 @@ def objective() -> Callable[..., Any]:
     def of(definition: Any) -> Any:
         def loss(params: Any, tokens: jax.Array) -> jax.Array:
             model = dovetail_models.merge(definition, params)
-            hidden, aux, _ = model.hidden(tokens.reshape(-1), places(tokens), DenseMixer.of(tokens))
+            mixer = DenseMixer.of(tokens, ring=split_of("time"))
+            hidden, aux, _ = model.hidden(tokens.reshape(-1), places(tokens), mixer)
             weight, bias, cap = model.unembedding()
             total = linear_cross_entropy(hidden, weight, tokens.reshape(-1), bias=bias, softcap=cap) / tokens.size
             return total + sum(value / of for name, (value, of) in aux.items() if name.startswith("loss/"))

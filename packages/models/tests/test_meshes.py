@@ -6,11 +6,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import nnx
+from model_toys import MODELS
 
-from dovetail_models import Llama, LlamaConfig, abstract, placements
-from dovetail_runtime import FSDP, TENSOR, batch_sharding, mesh, use
+from dovetail_models import Llama, LlamaConfig, abstract, placements, split
+from dovetail_runtime import CONTEXT, EXPERT, FSDP, SEQUENCE, TENSOR, batch_sharding, mesh, use
 
 
 def collectives(objective: Any, layers: int, grid: Any, rules: Any, *, gradients: bool) -> collections.Counter[str]:
@@ -20,7 +22,8 @@ def collectives(objective: Any, layers: int, grid: Any, rules: Any, *, gradients
     definition, params = abstract(build)
     places = placements(nnx.eval_shape(build), grid, rules)
     params = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params, places)
-    tokens = jax.ShapeDtypeStruct((8, 16), jnp.int32, sharding=batch_sharding(grid, rules))
+    rows = 1 if "context" in grid.shape else 8
+    tokens = jax.ShapeDtypeStruct((rows, 128 // rows), jnp.int32, sharding=batch_sharding(grid, rules))
     loss = objective(definition)
     with use(grid, rules):
         program = jax.jit(jax.grad(loss), out_shardings=places) if gradients else jax.jit(loss)
@@ -34,13 +37,15 @@ def collectives(objective: Any, layers: int, grid: Any, rules: Any, *, gradients
     [
         ({"tensor": 8}, TENSOR, {"all-reduce": 2}, {"all-reduce": 4}),
         ({"fsdp": 8}, FSDP, {"all-gather": 9}, {"all-gather": 18}),
+        ({"context": 8}, CONTEXT, {"collective-permute": 2}, {"collective-permute": 6}),
     ],
-    ids=["tensor", "fsdp"],
+    ids=["tensor", "fsdp", "context"],
 )
 def test_what_a_layer_communicates(sizes: Any, rules: Any, forward: Any, backward: Any, objective: Any) -> None:
     """Tensor parallelism adds up after attention and MLP; FSDP gathers each of nine weights, and again to go back.
 
-    Anything else is an activation that crosses devices without need.
+    Context parallelism sends keys and values round, and back with their gradients; those of weights are added up at the
+    end. Anything else is an activation that crosses devices without need.
     """
     grid = mesh(**sizes)
     for gradients, most in ((False, forward), (True, backward)):
@@ -51,3 +56,51 @@ def test_what_a_layer_communicates(sizes: Any, rules: Any, forward: Any, backwar
             assert all(0 < count <= most[kind] for kind, count in per_layer.items()), per_layer
         else:
             assert per_layer == most
+
+
+@pytest.mark.parametrize(
+    ("name", "sizes", "rules"),
+    [
+        ("llama", {"data": 2, "tensor": 4}, SEQUENCE),
+        ("llama", {"data": 2, "context": 4}, CONTEXT),
+        ("gpt_oss", {"fsdp": 2, "context": 4}, CONTEXT),
+        ("mamba2", {"data": 2, "context": 4}, CONTEXT),
+        ("mixtral", {"fsdp": 2, "expert": 4}, EXPERT),
+        ("deepseek_v3", {"data": 2, "expert": 4}, EXPERT),
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_other_ways_to_split(name: str, sizes: Any, rules: Any, objective: Any) -> None:
+    """By sequence, within rows, or by experts: rules alone decide, and loss and gradients stay as they are."""
+    config = LlamaConfig(vocab_size=24, features=16, hidden=24, layers=2, heads=4, kv_heads=2, init_std=0.3)
+    family, config = MODELS.get(name, (Llama, config))
+    build = lambda: family(config, rngs=nnx.Rngs(0))  # noqa: E731
+    definition, params = split(build())
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (8, 16)).astype(np.int32)
+    run = jax.jit(jax.value_and_grad(objective(definition)))
+    loss, gradients = run(params, tokens)
+    grid = mesh(**sizes)
+    placed = jax.device_put(params, placements(nnx.eval_shape(build), grid, rules))
+    with use(grid, rules):
+        got = run(placed, jax.device_put(tokens, batch_sharding(grid, rules)))
+    np.testing.assert_allclose(got[0], loss, rtol=1e-5)
+    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(1, largest)), got[1], gradients)
+
+
+def test_the_residual_stream_is_split_further(objective: Any) -> None:
+    """Under sequence parallelism no device keeps whole rows of it for the backward pass."""
+    sizes: dict[Any, int] = {}
+    config = LlamaConfig(vocab_size=16, features=256, hidden=8, layers=6, heads=8, head_dim=8)
+    build = lambda: Llama(config, rngs=nnx.Rngs(0), remat="full")  # noqa: E731
+    definition, params = abstract(build)
+    for rules in (TENSOR, SEQUENCE):
+        grid = mesh(tensor=8)
+        places = placements(nnx.eval_shape(build), grid, rules)
+        given = jax.tree.map(lambda p, s: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=s), params, places)
+        tokens = jax.ShapeDtypeStruct((1, 1024), jnp.int32, sharding=batch_sharding(grid, rules))
+        with use(grid, rules):
+            program = jax.jit(jax.grad(objective(definition)), out_shardings=places).lower(given, tokens).compile()
+        sizes[rules] = program.memory_analysis().temp_size_in_bytes
+    stream = 1024 * config.features * 4
+    assert sizes[TENSOR] - sizes[SEQUENCE] > config.layers * stream / 2

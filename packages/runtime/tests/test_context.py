@@ -6,7 +6,20 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from dovetail_runtime import DATA, FSDP, FSDP_TENSOR, TENSOR, Rules, ShardingError, constrain, current, mesh, use
+from dovetail_runtime import (
+    CONTEXT,
+    DATA,
+    FSDP,
+    FSDP_TENSOR,
+    TENSOR,
+    Rules,
+    ShardingError,
+    constrain,
+    current,
+    mesh,
+    split_of,
+    use,
+)
 
 X = jnp.ones((8, 8))
 A, B = Rules({"rows": "data"}), Rules({"rows": "tensor"})
@@ -145,3 +158,17 @@ def test_wrong_arguments():
         pass
     with use(mesh(data=8), DATA), pytest.raises(ShardingError, match="1 logical names"):
         constrain(X, "batch")
+
+
+def test_what_a_name_is_split_over():
+    """A mixer of rows asks before it attends as if it had them whole."""
+    grid = mesh(data=2, context=4)
+    assert split_of("time") is None
+    with use(grid, CONTEXT):
+        assert split_of("time") == (grid, "context")
+        assert split_of("heads") is None
+        assert split_of("a name without a rule") is None
+    with use(mesh(data=8, context=1), CONTEXT):
+        assert split_of("time") is None
+    with use(grid, Rules({"time": ("data", "context")})), pytest.raises(ShardingError, match=r"'time' over .*'data'"):
+        split_of("time")

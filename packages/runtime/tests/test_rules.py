@@ -3,7 +3,18 @@ import dataclasses
 import pytest
 
 import dovetail_runtime as runtime
-from dovetail_runtime import DATA, FSDP, FSDP_TENSOR, LOGICAL_NAMES, TENSOR, AxisRules, Rules
+from dovetail_runtime import (
+    CONTEXT,
+    DATA,
+    EXPERT,
+    FSDP,
+    FSDP_TENSOR,
+    LOGICAL_NAMES,
+    SEQUENCE,
+    TENSOR,
+    AxisRules,
+    Rules,
+)
 
 
 def test_axis_rules_keep_order_are_hashable_and_immutable():
@@ -49,10 +60,10 @@ def test_a_preset_can_be_changed():
     assert FSDP.weights["mlp"] == ()
 
 
-@pytest.mark.parametrize("rules", [DATA, FSDP, TENSOR, FSDP_TENSOR])
+@pytest.mark.parametrize("rules", [DATA, FSDP, TENSOR, FSDP_TENSOR, SEQUENCE, CONTEXT, EXPERT])
 def test_presets_know_every_logical_name_for_both_kinds(rules):
     """A model's names resolve under every preset, so that switching the preset is one word."""
-    mesh = runtime.mesh(data=2, fsdp=2, tensor=2)
+    mesh = runtime.mesh(data=2, tensor=2, context=2, expert=1)
     for name in LOGICAL_NAMES:
         for kind in ("weights", "activations"):
             runtime.resolve((name,), (8,), rules.of(kind), mesh)

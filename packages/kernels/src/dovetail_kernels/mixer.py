@@ -1,13 +1,16 @@
 """DenseMixer: the mixer of training and scoring, over whole rows of tokens."""
 
 import dataclasses
+import functools
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from dovetail_kernels.attention import attention
+from dovetail_kernels.context_parallel import ring_attention
 from dovetail_kernels.masks import causal, segments
 from dovetail_kernels.masks import window as sliding
 from dovetail_kernels.operation import Wanted
@@ -26,12 +29,14 @@ class DenseMixer:
         batch: rows.
         time: tokens per row.
         implementation: of `dovetail_kernels.attention`.
+        ring: a mesh and the axis of it that rows are split over; attention is `dovetail_kernels.ring_attention` then.
     """
 
     segment_ids: Any
     batch: int = dataclasses.field(metadata={"static": True})
     time: int = dataclasses.field(metadata={"static": True})
     implementation: Wanted = dataclasses.field(default=None, metadata={"static": True})
+    ring: tuple[Mesh, str] | None = dataclasses.field(default=None, metadata={"static": True})
     per_layer: ClassVar[bool] = False
 
     @classmethod
@@ -41,17 +46,24 @@ class DenseMixer:
         segment_ids: Int[Array, "batch time"] | None = None,
         *,
         implementation: Wanted = None,
+        ring: tuple[Mesh, str] | None = None,
     ) -> "DenseMixer":
         """Return the mixer for a batch of rows.
 
         Raises:
-            ValueError: `tokens` are not ``[batch, time]``, or `segment_ids` have another shape.
+            ValueError: `tokens` are not ``[batch, time]``, `segment_ids` have another shape, or rows are not a multiple
+                of the devices of the `ring`.
         """
         if tokens.ndim != 2:
             raise ValueError(f"tokens have shape {tokens.shape}; expected [batch, time]")
         if segment_ids is not None and segment_ids.shape != tokens.shape:
             raise ValueError(f"segment_ids have shape {segment_ids.shape}; expected that of tokens, {tokens.shape}")
-        return cls(segment_ids, tokens.shape[0], tokens.shape[1], implementation)
+        devices = 1 if ring is None else ring[0].shape[ring[1]]
+        if tokens.shape[1] % devices:
+            raise ValueError(
+                f"rows of {tokens.shape[1]} tokens over {devices} devices of the ring; expected a multiple"
+            )
+        return cls(segment_ids, tokens.shape[0], tokens.shape[1], implementation, ring)
 
     def attend(
         self,
@@ -78,15 +90,26 @@ class DenseMixer:
         def rows(x: jax.Array) -> jax.Array:
             return x.reshape(self.batch, self.time, *x.shape[1:])
 
-        mask = causal()
-        if window is not None:
-            mask = mask & sliding(window)
-        if self.segment_ids is not None:
-            mask = mask & segments(self.segment_ids)
-        out = attention(
-            rows(query), rows(key), rows(value), mask, sinks=sinks, softcap=softcap, scale=scale,
-            implementation=self.implementation,
-        )  # fmt: skip
+        def part(q: jax.Array, k: jax.Array, v: jax.Array, ids: Any, sinks: Any) -> jax.Array:
+            mask = causal()
+            if window is not None:
+                mask = mask & sliding(window)
+            if ids is not None:
+                mask = mask & segments(ids)
+            attend = attention if self.ring is None else functools.partial(ring_attention, axis=self.ring[1])
+            return attend(q, k, v, mask, sinks=sinks, softcap=softcap, scale=scale, implementation=self.implementation)
+
+        if self.ring is not None:
+            mesh, axis = self.ring
+            split = PartitionSpec(None, axis)
+            part = jax.shard_map(
+                part,
+                mesh=mesh,
+                in_specs=(split, split, split, split, PartitionSpec()),
+                out_specs=split,
+                axis_names={axis},
+            )
+        out = part(rows(query), rows(key), rows(value), self.segment_ids, sinks)
         return out.reshape(-1, *out.shape[2:]), self
 
     def attend_latent(

@@ -180,10 +180,10 @@ class Block(nnx.Module):
         """Return the residual stream ``[tokens, features]`` after the block, its auxiliary values, and the mixer."""
         mixed, mixer = self.attention(layer, self.attention_norm(x) if self.before else x, tables, mixer)
         mixed = checkpoint_name(mixed, "attention_out")
-        x = constrain(x + (self.attention_out_norm(mixed) if self.after else mixed), "tokens", "embed")
+        x = constrain(x + (self.attention_out_norm(mixed) if self.after else mixed), "residual", "embed")
         y, aux = self.transform(self.mlp_norm(x) if self.before else x, mixer)
         y = checkpoint_name(y, "mlp_out")
-        return constrain(x + (self.mlp_out_norm(y) if self.after else y), "tokens", "embed"), aux, mixer
+        return constrain(x + (self.mlp_out_norm(y) if self.after else y), "residual", "embed"), aux, mixer
 
     def transform(self, x: jax.Array, mixer: Any) -> tuple[jax.Array, Auxiliary]:
         """Return what the MLP makes of each token, and its auxiliary values: none, if it is a plain one."""
@@ -251,7 +251,7 @@ class Decoder(nnx.Module):
     ) -> tuple[Float[Array, "tokens features"], Auxiliary, Any]:
         """See `dovetail_protocols.LanguageModel.hidden`."""
         x = self._embedded(tokens) if embeds is None else embeds.astype(self.dtype)
-        x = constrain(self.placed(x, positions), "tokens", "embed")
+        x = constrain(self.placed(x, positions), "residual", "embed")
         kinds = dict.fromkeys(layer.attention.rotary for layer in self.layers)
         tables = {rotary: rotary.table(positions) for rotary in kinds if rotary is not None}
         x, total, mixer = run_layers(self.layers, x, tables, mixer, self.remat)

@@ -172,9 +172,9 @@ class EncoderBlock(nnx.Module):
     def __call__(self, layer: int, x: Float[Array, "tokens features"], mixer: Any) -> Float[Array, "tokens features"]:
         """Return the residual stream after the block."""
         mixed, _ = self.attention(layer, self.attention_norm(x) if self.before else x, {}, mixer)
-        x = constrain(x + mixed, "tokens", "embed")
+        x = constrain(x + mixed, "residual", "embed")
         x = x if self.before else self.attention_norm(x)
-        x = constrain(x + self.mlp(self.mlp_norm(x) if self.before else x), "tokens", "embed")
+        x = constrain(x + self.mlp(self.mlp_norm(x) if self.before else x), "residual", "embed")
         return x if self.before else self.mlp_norm(x)
 
 

@@ -82,7 +82,7 @@ class _Block(nnx.Module):
         """See `dovetail_models.decoder.Block`."""
         x = x if self.residual is None else x.astype(self.residual)
         mixed, mixer = self.attention(layer, self.attention_norm(x).astype(self.inside), tables, mixer)
-        return constrain(x + mixed.astype(x.dtype), "tokens", "embed"), {}, mixer
+        return constrain(x + mixed.astype(x.dtype), "residual", "embed"), {}, mixer
 
 
 class Mamba2(Decoder):

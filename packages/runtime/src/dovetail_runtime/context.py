@@ -16,10 +16,10 @@ from dataclasses import dataclass
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from dovetail_runtime.resolve import explain
+from dovetail_runtime.resolve import ShardingError, explain
 from dovetail_runtime.rules import Rules
 
-__all__ = ["constrain", "current", "use"]
+__all__ = ["constrain", "current", "split_of", "use"]
 
 _log = logging.getLogger("dovetail_runtime")
 
@@ -87,6 +87,29 @@ def constrain(x: jax.Array, *names: str | None) -> jax.Array:
     for note in resolution.notes:
         _log.warning("constraint %s of an array of shape %s: %s", names, x.shape, note)
     return _apply(x, mesh, resolution.spec)
+
+
+def split_of(name: str) -> tuple[Mesh, str] | None:
+    """Return the mesh and the axis of it that the activation rules split a logical name over, or None if they do not.
+
+    A mixer must know how ``time`` is split: attention within rows is then more than an operation on the whole array.
+
+    Raises:
+        ShardingError: the rules split the name over several axes of the mesh.
+
+    >>> from dovetail_runtime import CONTEXT, mesh
+    >>> with use(mesh(context=8), CONTEXT):
+    ...     print(split_of("time")[1], split_of("vocab"))
+    context None
+    """
+    context = current()
+    axes = () if context is None else context.rules.of("activations").get(name, ())
+    axes = [axis for axis in axes if context is not None and context.mesh.shape.get(axis, 1) > 1]
+    if context is None or not axes:
+        return None
+    if len(axes) > 1:
+        raise ShardingError(f"the rules split {name!r} over {axes}; expected one axis of the mesh")
+    return context.mesh, axes[0]
 
 
 def _apply(x: jax.Array, mesh: Mesh, spec: PartitionSpec) -> jax.Array:

@@ -1,7 +1,8 @@
-"""Rules from logical axis names to mesh axes, for weights and for activations, and four presets.
+"""Rules from logical axis names to mesh axes, for weights and for activations, and presets.
 
-The presets know the mesh axes ``data``, ``fsdp`` and ``tensor`` and the logical names in `LOGICAL_NAMES`. An axis that
-a mesh does not have counts as size 1, so that a preset fits any mesh that uses some of these names.
+The presets know the mesh axes ``data``, ``fsdp``, ``tensor``, ``context`` and ``expert`` and the logical names in
+`LOGICAL_NAMES`. An axis that a mesh does not have counts as size 1, so that a preset fits any mesh that uses some of
+these names.
 """
 
 import difflib
@@ -9,12 +10,23 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-__all__ = ["DATA", "FSDP", "FSDP_TENSOR", "LOGICAL_NAMES", "TENSOR", "AxisRules", "Rules"]
+__all__ = [
+    "CONTEXT",
+    "DATA",
+    "EXPERT",
+    "FSDP",
+    "FSDP_TENSOR",
+    "LOGICAL_NAMES",
+    "SEQUENCE",
+    "TENSOR",
+    "AxisRules",
+    "Rules",
+]
 
 MeshAxes = str | tuple[str, ...] | None
 
 LOGICAL_NAMES = (
-    "batch", "tokens", "time", "embed", "mlp", "heads", "kv_heads", "head_dim", "vocab", "layers", "experts"
+    "batch", "tokens", "residual", "time", "embed", "mlp", "heads", "kv_heads", "head_dim", "vocab", "layers", "experts"
 )  # fmt: skip
 
 
@@ -108,24 +120,37 @@ def as_axis_rules(rules: Mapping[str, MeshAxes]) -> AxisRules:
     return rules if isinstance(rules, AxisRules) else AxisRules(rules)
 
 
-def _preset(weights: dict[str, MeshAxes], activations: dict[str, MeshAxes]) -> Rules:
+def _preset(weights: dict[str, MeshAxes], rows: MeshAxes, activations: dict[str, MeshAxes] | None = None) -> Rules:
     def complete(chosen: dict[str, MeshAxes]) -> dict[str, MeshAxes]:
         return {name: chosen.get(name) for name in (*chosen, *LOGICAL_NAMES)}
 
-    return Rules(complete(weights), complete(activations))
+    placed = dict.fromkeys(("batch", "tokens", "residual"), rows)
+    return Rules(complete(weights), complete(placed | (activations or {})))
 
 
 _SPLIT = {"mlp": "tensor", "heads": "tensor", "kv_heads": "tensor", "vocab": "tensor"}
 _ROWS = ("data", "fsdp")
 
-DATA = _preset({}, {"batch": "data", "tokens": "data"})
+DATA = _preset({}, "data")
 """Data parallelism: weights replicated, rows split over ``data``."""
 
-FSDP = _preset({"embed": "fsdp"}, {"batch": _ROWS, "tokens": _ROWS})
+FSDP = _preset({"embed": "fsdp"}, _ROWS)
 """Fully sharded data parallelism: weights split over ``fsdp``, rows over ``data`` and ``fsdp``."""
 
-TENSOR = _preset({**_SPLIT}, {"batch": "data", "tokens": "data", **_SPLIT})
+TENSOR = _preset({**_SPLIT}, "data", {**_SPLIT})
 """Tensor parallelism: heads, hidden features and vocabulary split over ``tensor``, rows over ``data``."""
 
-FSDP_TENSOR = _preset({"embed": "fsdp", **_SPLIT}, {"batch": _ROWS, "tokens": _ROWS, **_SPLIT})
+FSDP_TENSOR = _preset({"embed": "fsdp", **_SPLIT}, _ROWS, {**_SPLIT})
 """Both: weights split over ``fsdp`` and ``tensor``."""
+
+SEQUENCE = _preset({"embed": "fsdp", **_SPLIT}, _ROWS, {**_SPLIT, "residual": (*_ROWS, "tensor")})
+"""`FSDP_TENSOR` whose residual stream, which no weight is split over, is split over ``tensor`` by tokens (sequence
+parallelism of Korthikanti et al., arXiv:2205.05198)."""
+
+CONTEXT = _preset(
+    {"embed": "fsdp"}, _ROWS, {"time": "context", **dict.fromkeys(("tokens", "residual"), (*_ROWS, "context"))}
+)
+"""`FSDP` for long rows: each is split over ``context``, too. Attention needs a mixer that knows, see `split_of`."""
+
+EXPERT = _preset({"embed": "fsdp", "experts": "expert"}, (*_ROWS, "expert"))
+"""`FSDP` with experts: they are split over ``expert``, as rows are."""

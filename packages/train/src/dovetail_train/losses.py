@@ -8,6 +8,7 @@ from flax import nnx
 
 from dovetail_kernels import DenseMixer, Wanted, linear_cross_entropy
 from dovetail_protocols import LMBatch, LossOutput, Term, add_auxiliary
+from dovetail_runtime import split_of
 
 __all__ = ["next_token"]
 
@@ -42,7 +43,8 @@ def next_token(
         model = nnx.merge(definition, params)
         if ahead and not hasattr(model, "look_ahead"):
             raise TypeError(f"ahead={tuple(ahead)}, but {type(model).__qualname__} has no look_ahead; leave ahead out")
-        mixer = DenseMixer.of(batch.tokens, batch.segment_ids, implementation=attention)
+        ring = split_of("time")
+        mixer = DenseMixer.of(batch.tokens, batch.segment_ids, implementation=attention, ring=ring)
         positions = batch.positions.reshape(-1)
         weight, bias, softcap = model.unembedding()
 
