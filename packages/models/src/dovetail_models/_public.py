@@ -20,6 +20,7 @@ from dovetail_models.llama import Llama, LlamaConfig
 from dovetail_models.mamba2 import Mamba2, Mamba2Config
 from dovetail_models.mistral import Mistral, MistralConfig
 from dovetail_models.mixtral import Mixtral, MixtralConfig
+from dovetail_models.mup import maximal_update
 from dovetail_models.olmo2 import Olmo2, Olmo2Config
 from dovetail_models.olmo3 import Olmo3, Olmo3Config
 from dovetail_models.phi3 import Phi3, Phi3Config
@@ -119,6 +120,7 @@ __all__ = [
     "from_pretrained",
     "init",
     "logical_axes",
+    "maximal_update",
     "merge",
     "placements",
     "save_pretrained",

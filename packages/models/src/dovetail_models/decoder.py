@@ -228,7 +228,7 @@ class Decoder(nnx.Module):
         self.layers = Stack(layers) if scan else nnx.List(layers)
         self.norm = config.norm(param_dtype)
         if not config.tied:
-            self.head = parameter(rngs, shape[::-1], ("embed", "vocab"), config.init, param_dtype)
+            self.head = parameter(rngs, shape[::-1], ("embed", "vocab"), config.init, param_dtype, 1)
 
     @staticmethod
     def block(config: Any, index: int, **weights: Any) -> Any:

@@ -69,7 +69,7 @@ class Ahead(nnx.Module):
         weights = {"init": config.init, "out_init": config.out_init, "dtype": param_dtype, "rngs": rngs}
         self.embedding_norm, self.hidden_norm = config.norm(param_dtype), config.norm(param_dtype)
         shape, axes = (2 * config.features, config.features), (None, "embed")
-        self.join = parameter(rngs, shape, axes, config.init, param_dtype)
+        self.join = parameter(rngs, shape, axes, config.init, param_dtype, 1)
         self.block = DeepseekV3.block(config, config.layers + index, **weights)
         self.norm = config.norm(param_dtype)
         self.layer = config.layers + index

@@ -130,13 +130,13 @@ class GatedDeltaNet(nnx.Module):
         sizes = {"query": key_dim, "key": key_dim, "value": share * value_dim, "gate": share * value_dim}
         for name, size in (sizes | {"strength": share, "decay": share}).items():
             axes = "embed", "heads", None
-            setattr(self, f"in_{name}", parameter(rngs, (features, key_heads, size), axes, init, dtype))
+            setattr(self, f"in_{name}", parameter(rngs, (features, key_heads, size), axes, init, dtype, 1))
             if name in ("query", "key", "value"):
                 setattr(self, f"conv_{name}", parameter(rngs, (key_heads * size, width), ("heads", None), TAPS, dtype))
         self.dt_bias = nnx.Param(jnp.ones(value_heads, dtype), axes=("heads",))
         self.a_log = parameter(rngs, (value_heads,), ("heads",), _rates, dtype)
         self.norm = RMSNorm(value_dim, axes=(None,), eps=norm_eps, dtype=dtype)
-        self.out = parameter(rngs, (value_heads * value_dim, features), ("heads", "embed"), out_init, dtype)
+        self.out = parameter(rngs, (value_heads * value_dim, features), ("heads", "embed"), out_init, dtype, 1)
         self.key_heads = key_heads
 
     def _in(self, name: str, x: jax.Array) -> jax.Array:

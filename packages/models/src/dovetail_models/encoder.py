@@ -101,7 +101,7 @@ class Linear(nnx.Module):
     def __init__(
         self, inputs: int, outputs: int, axes: tuple[str | None, str | None], *, init: Any, dtype: Any, rngs: nnx.Rngs
     ) -> None:
-        self.weight = parameter(rngs, (inputs, outputs), axes, init, dtype)
+        self.weight = parameter(rngs, (inputs, outputs), axes, init, dtype, 1)
         self.bias = parameter(rngs, (outputs,), axes[1:], nnx.initializers.zeros, dtype)
 
     def __call__(self, x: Float[Array, "tokens inputs"]) -> Float[Array, "tokens outputs"]:

@@ -141,9 +141,9 @@ class LatentAttention(nnx.Module):
             shapes["query"] = ((rank, *query), (None, "heads", None))
             self.query_norm = RMSNorm(rank, axes=(None,), eps=NORM_EPS, dtype=dtype)
         for name, (shape, axes) in shapes.items():
-            setattr(self, name, parameter(rngs, shape, axes, init, dtype))
+            setattr(self, name, parameter(rngs, shape, axes, init, dtype, 1))
         self.latent_norm = RMSNorm(config.latent_dim, axes=(None,), eps=NORM_EPS, dtype=dtype)
-        self.out = parameter(rngs, (heads, config.value_dim, features), ("heads", None, "embed"), out_init, dtype)
+        self.out = parameter(rngs, (heads, config.value_dim, features), ("heads", None, "embed"), out_init, dtype, 2)
         if config.attention_bias:
             zeros = nnx.initializers.zeros
             for name in ("query_latent", "latent", "rope_key"):

@@ -58,10 +58,25 @@ Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
 
 
 def parameter(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Initializer, dtype: Any
+    rngs: nnx.Rngs,
+    shape: tuple[int, ...],
+    axes: tuple[str | None, ...],
+    init: Initializer,
+    dtype: Any,
+    inputs: int = 0,
 ) -> Any:
-    """Make a parameter with one logical axis name per dimension."""
-    return nnx.Param(init(rngs.params(), shape, dtype), axes=axes)
+    """Make a parameter.
+
+    Args:
+        rngs: where the initial values come from.
+        shape: lengths of its axes.
+        axes: their logical names.
+        init: of the values.
+        dtype: of the values.
+        inputs: so many axes, the first ones or those after ``experts``, are what a product sums over; 0 for what is
+            looked up, added, or multiplied elementwise. See `dovetail_models.maximal_update`.
+    """
+    return nnx.Param(init(rngs.params(), shape, dtype), axes=axes, inputs=inputs)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,14 +213,14 @@ class GroupedAttention(nnx.Module):
             ("value", kv_heads, "kv_heads"),
             *((("gate", heads, "heads"),) if gated else ()),
         ):
-            setattr(self, name, parameter(rngs, (features, count, head_dim), ("embed", axis, None), init, dtype))
+            setattr(self, name, parameter(rngs, (features, count, head_dim), ("embed", axis, None), init, dtype, 1))
             if bias:
                 setattr(self, f"{name}_bias", parameter(rngs, (count, head_dim), (axis, None), zeros, dtype))
             if norm is not None and name in ("query", "key"):
                 shape, axes = ((head_dim,), (None,)) if norm == "head" else ((count, head_dim), (axis, None))
                 made = RMSNorm(*shape, axes=axes, eps=norm_eps, offset=norm_offset, dtype=dtype)
                 setattr(self, f"{name}_norm", made)
-        self.out = parameter(rngs, (heads, head_dim, features), ("heads", None, "embed"), out_init, dtype)
+        self.out = parameter(rngs, (heads, head_dim, features), ("heads", None, "embed"), out_init, dtype, 2)
         if out_bias:
             self.out_bias = parameter(rngs, (features,), ("embed",), zeros, dtype)
         if sinks:
@@ -262,9 +277,9 @@ class GatedMLP(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         zeros = nnx.initializers.zeros
-        self.gate = parameter(rngs, (features, hidden), ("embed", "mlp"), init, dtype)
-        self.up = parameter(rngs, (features, hidden), ("embed", "mlp"), init, dtype)
-        self.down = parameter(rngs, (hidden, features), ("mlp", "embed"), out_init, dtype)
+        self.gate = parameter(rngs, (features, hidden), ("embed", "mlp"), init, dtype, 1)
+        self.up = parameter(rngs, (features, hidden), ("embed", "mlp"), init, dtype, 1)
+        self.down = parameter(rngs, (hidden, features), ("mlp", "embed"), out_init, dtype, 1)
         if bias:
             self.gate_bias = parameter(rngs, (hidden,), ("mlp",), zeros, dtype)
             self.up_bias = parameter(rngs, (hidden,), ("mlp",), zeros, dtype)
@@ -310,8 +325,8 @@ class MLP(nnx.Module):
         dtype: Any,
         rngs: nnx.Rngs,
     ) -> None:
-        self.up = parameter(rngs, (features, hidden), ("embed", "mlp"), init, dtype)
-        self.down = parameter(rngs, (hidden, features), ("mlp", "embed"), out_init or init, dtype)
+        self.up = parameter(rngs, (features, hidden), ("embed", "mlp"), init, dtype, 1)
+        self.down = parameter(rngs, (hidden, features), ("mlp", "embed"), out_init or init, dtype, 1)
         if bias:
             self.up_bias = parameter(rngs, (hidden,), ("mlp",), nnx.initializers.zeros, dtype)
             self.down_bias = parameter(rngs, (features,), ("embed",), nnx.initializers.zeros, dtype)

@@ -137,7 +137,7 @@ class Router(nnx.Module):
 
     def __init__(self, features: int, select: Selection, *, init: Initializer, dtype: Any, rngs: nnx.Rngs) -> None:
         zeros, count = nnx.initializers.zeros, select.experts
-        self.weight = parameter(rngs, (features, count), ("embed", "experts"), init, dtype)
+        self.weight = parameter(rngs, (features, count), ("embed", "experts"), init, dtype, 1)
         if select.bias:
             self.bias = parameter(rngs, (count,), ("experts",), zeros, dtype)
         if select.correction:
@@ -188,9 +188,9 @@ class Experts(nnx.Module):
         rngs: nnx.Rngs,
     ) -> None:
         into, out = (count, features, hidden), (count, hidden, features)
-        self.gate = parameter(rngs, into, ("experts", "embed", "mlp"), init, dtype)
-        self.up = parameter(rngs, into, ("experts", "embed", "mlp"), init, dtype)
-        self.down = parameter(rngs, out, ("experts", "mlp", "embed"), out_init, dtype)
+        self.gate = parameter(rngs, into, ("experts", "embed", "mlp"), init, dtype, 1)
+        self.up = parameter(rngs, into, ("experts", "embed", "mlp"), init, dtype, 1)
+        self.down = parameter(rngs, out, ("experts", "mlp", "embed"), out_init, dtype, 1)
         if bias:
             zeros = nnx.initializers.zeros
             self.gate_bias = parameter(rngs, (count, hidden), ("experts", "mlp"), zeros, dtype)

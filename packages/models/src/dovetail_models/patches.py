@@ -44,7 +44,7 @@ class Patches(nnx.Module):
 
     def __init__(self, config: Any, *, init: Any, dtype: Any, rngs: nnx.Rngs) -> None:
         shape = (config.patch_size, config.patch_size, config.channels, config.features)
-        self.weight = parameter(rngs, shape, (None, None, None, "embed"), init, dtype)
+        self.weight = parameter(rngs, shape, (None, None, None, "embed"), init, dtype, 3)
         self.bias = parameter(rngs, shape[-1:], ("embed",), nnx.initializers.zeros, dtype)
         self.sizes = (config.image_size, config.patch_size, config.channels)
 

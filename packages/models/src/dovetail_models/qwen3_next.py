@@ -76,7 +76,7 @@ class _SharedMLP(GatedMLP):
 
     def __init__(self, features: int, hidden: int, *, init: Any, dtype: Any, rngs: nnx.Rngs, **options: Any) -> None:
         super().__init__(features, hidden, init=init, dtype=dtype, rngs=rngs, **options)
-        self.share = parameter(rngs, (features, 1), ("embed", None), init, dtype)
+        self.share = parameter(rngs, (features, 1), ("embed", None), init, dtype, 1)
 
     def __call__(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens features"]:
         share = einsum("td,do->to", x, self.share.get_value())

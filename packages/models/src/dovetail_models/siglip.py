@@ -119,9 +119,9 @@ class AttentionPooling(nnx.Module):
         zeros = nnx.initializers.zeros
         self.probe = parameter(rngs, (d,), ("embed",), init, dtype)
         for name in ("query", "key", "value"):
-            setattr(self, name, parameter(rngs, (d, h, e), ("embed", "heads", None), init, dtype))
+            setattr(self, name, parameter(rngs, (d, h, e), ("embed", "heads", None), init, dtype, 1))
             setattr(self, f"{name}_bias", parameter(rngs, (h, e), ("heads", None), zeros, dtype))
-        self.out = parameter(rngs, (h, e, d), ("heads", None, "embed"), init, dtype)
+        self.out = parameter(rngs, (h, e, d), ("heads", None, "embed"), init, dtype, 2)
         self.out_bias = parameter(rngs, (d,), ("embed",), zeros, dtype)
         self.norm = config.norm(dtype)
         self.mlp = MLP(d, config.hidden, activation=config.activation, init=init, dtype=dtype, rngs=rngs)

@@ -130,7 +130,7 @@ class StateSpace(nnx.Module):
         sizes = {"gate": inner, "x": inner, "b": groups * state_size, "c": groups * state_size, "dt": heads}
         for name, size in sizes.items():
             axis = None if name in ("b", "c") else "heads"
-            setattr(self, f"in_{name}", parameter(rngs, (features, size), ("embed", axis), init, dtype))
+            setattr(self, f"in_{name}", parameter(rngs, (features, size), ("embed", axis), init, dtype, 1))
             if bias:
                 setattr(self, f"in_{name}_bias", parameter(rngs, (size,), (axis,), zeros, dtype))
             if name in ("x", "b", "c"):
@@ -142,7 +142,7 @@ class StateSpace(nnx.Module):
         self.a_log = nnx.Param(jnp.log(jnp.arange(1, heads + 1, dtype=jnp.float32)).astype(dtype), axes=("heads",))
         self.d = nnx.Param(jnp.ones(heads, dtype), axes=("heads",))
         self.norm = RMSNorm(inner, axes=("heads",), eps=norm_eps, dtype=dtype)
-        self.out = parameter(rngs, (inner, features), ("heads", "embed"), out_init, dtype)
+        self.out = parameter(rngs, (inner, features), ("heads", "embed"), out_init, dtype, 1)
         if bias:
             self.out_bias = parameter(rngs, (features,), ("embed",), zeros, dtype)
         self.bias, self.conv_bias, self.groups, self.dt_limits = bias, conv_bias, groups, dt_limits
