@@ -1,6 +1,8 @@
 """What the backward pass keeps changes memory, never numbers."""
 
 import dataclasses
+import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -8,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from model_toys import MODELS
 
 from dovetail_kernels import DenseMixer
 from dovetail_models import (
@@ -19,6 +22,7 @@ from dovetail_models import (
     Olmo2Config,
     Qwen3Moe,
     Qwen3MoeConfig,
+    Qwen3Next,
     Remat,
     merge,
     split,
@@ -64,22 +68,68 @@ def test_layers_with_auxiliary_values() -> None:
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
 
 
-def kept(remat: Any, capsys: pytest.CaptureFixture[str]) -> str:
-    """What jax says that it keeps."""
-    config = Olmo2Config(vocab_size=24, features=8, hidden=12, layers=3, heads=4)
-    loss, params = objective(Olmo2(config, rngs=nnx.Rngs(0), remat=remat))
-    jax.ad_checkpoint.print_saved_residuals(loss, params)
-    return capsys.readouterr().out
+@pytest.fixture
+def kept(capsys: pytest.CaptureFixture[str]) -> Callable[[Any, Any, Any], str]:
+    """kept(build, config, remat): what jax says that it keeps."""
+
+    def listed(build: Any, config: Any, remat: Any) -> str:
+        jax.ad_checkpoint.print_saved_residuals(*objective(build(config, rngs=nnx.Rngs(0), remat=remat)))
+        return capsys.readouterr().out
+
+    return listed
 
 
-def test_names_are_what_stays(capsys: pytest.CaptureFixture[str]) -> None:
+def test_names_are_what_stays(kept: Any) -> None:
     """A name that no layer uses saves nothing; a policy would be without effect."""
-    least = kept("full", capsys)
+    config = Olmo2Config(vocab_size=24, features=8, hidden=12, layers=3, heads=4)
+    least = kept(Olmo2, config, "full")
     assert "named" not in least
-    assert kept(Remat(save=("residual",)), capsys).count("named 'residual'") == 3
+    assert kept(Olmo2, config, Remat(save=("residual",))).count("named 'residual'") == 3
     for name in ACTIVATIONS[1:]:
-        assert kept(Remat(save=(name,)), capsys).count("\n") == least.count("\n") + 3, name
-    assert kept("products", capsys).count("\n") > least.count("\n") + 3 * 6
+        assert kept(Olmo2, config, Remat(save=(name,))).count("\n") == least.count("\n") + 3, name
+    assert kept(Olmo2, config, "products").count("\n") > least.count("\n") + 3 * 6
+
+
+# Which activations the backward pass of each layer needs: without a norm behind it the last one is only added. Of a
+# state-space layer jax says that the residual stream is an output of its norm, which hands it on.
+KINDS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
+    "latent attention": (*MODELS["deepseek_v2"], ACTIVATIONS[:-1]),
+    "state space": (*MODELS["mamba2"], ("query", "key", "value", "attention")),
+    "delta net": (
+        Qwen3Next,
+        dataclasses.replace(MODELS["qwen3_next"][1], linear=(True, True)),
+        ACTIVATIONS[:-1],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_names_of_other_layers(kind: str, kept: Any) -> None:
+    """The same of layers that do not attend, or to latents."""
+    build, config, named = KINDS[kind]
+
+    def names(remat: Any) -> dict[str, int]:
+        found = re.findall("named '(.*)' from", kept(build, config, remat))
+        return {name: found.count(name) for name in found}
+
+    assert names("full") == {}
+    for name in ACTIVATIONS:
+        assert names(Remat(save=(name,))) == ({name: 2} if name in named else {})
+    for policy in ("attention", "projections"):
+        assert names(policy) == dict.fromkeys(set(POLICIES[policy].save) & set(named), 2)
+    products = [line for line in kept(build, config, "products").splitlines() if "dot_general" in line]
+    assert len(products) > 2 * 4
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_numbers_of_other_layers_stay(kind: str) -> None:
+    """What is saved of a layer is another value than what it is computed again from."""
+    build, config, _ = KINDS[kind]
+    (plain, params), (frugal, _) = (
+        objective(build(config, rngs=nnx.Rngs(0), remat=remat)) for remat in (None, "projections")
+    )
+    expected, got = (jax.jit(jax.value_and_grad(loss))(params) for loss in (plain, frugal))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-5), got, expected)
 
 
 def test_memory() -> None:

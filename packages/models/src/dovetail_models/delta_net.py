@@ -1,25 +1,16 @@
 """GatedDeltaNet: linear attention by the gated delta rule behind short convolutions (Yang et al., arXiv:2412.06464)."""
 
 import dataclasses
-import functools
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
 
-from dovetail_kernels import (
-    causal_conv1d,
-    causal_conv1d_step,
-    einsum,
-    gated_delta_rule,
-    gated_delta_step,
-    gated_product,
-)
-from dovetail_models.layers import Initializer, RMSNorm, Tables, parameter
-from dovetail_models.recurrent import TAPS, conv_state, convolved
+from dovetail_kernels import einsum, gated_delta_rule, gated_delta_step, gated_product
+from dovetail_models.layers import Initializer, RMSNorm, parameter
+from dovetail_models.recurrent import TAPS, ConvolvedRecurrence, RecurrentLayer, conv_state, convolved
 from dovetail_protocols import RecurrentCache
 from dovetail_runtime import constrain
 
@@ -31,7 +22,7 @@ LENGTH_EPS = 1e-6
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class DeltaRecurrence:
+class DeltaRecurrence(ConvolvedRecurrence):
     """Convolutions and `dovetail_kernels.gated_delta_rule`; meets `dovetail_protocols.Recurrence`.
 
     It takes ``query[..., key_heads * key_dim]``, ``key`` likewise, ``value[..., heads * value_dim]``, and logits of
@@ -48,6 +39,7 @@ class DeltaRecurrence:
     dt_bias: Any
     a_log: Any
     key_heads: int = dataclasses.field(metadata={"static": True})
+    forms: ClassVar[Any] = gated_delta_rule, gated_delta_step
 
     def cache_spec(self) -> RecurrentCache:
         """See `dovetail_protocols.Recurrence`."""
@@ -55,25 +47,10 @@ class DeltaRecurrence:
         rule = heads, len(self.conv["key"]) // self.key_heads, len(self.conv["value"]) // heads
         return RecurrentCache((*conv_state(self.conv).items(), ("rule", rule)))
 
-    def chunk(
-        self,
-        state: Mapping[str, Any],
-        inputs: tuple[Float[Array, "rows time _"], ...],
-        segment_ids: Int[Array, "rows time"] | None,
-    ) -> tuple[Float[Array, "rows time _"], Mapping[str, Any]]:
-        """See `dovetail_protocols.Recurrence`."""
-        forms = (functools.partial(form, segment_ids=segment_ids) for form in (causal_conv1d, gated_delta_rule))
-        return self._run(state, inputs, *forms)
-
-    def step(
-        self, state: Mapping[str, Any], inputs: tuple[Float[Array, "rows _"], ...]
-    ) -> tuple[Float[Array, "rows _"], Mapping[str, Any]]:
-        """See `dovetail_protocols.Recurrence`."""
-        return self._run(state, inputs, causal_conv1d_step, gated_delta_step)
-
-    def _run(
-        self, state: Mapping[str, Any], inputs: tuple[Any, ...], convolve: Callable[..., Any], rule: Callable[..., Any]
+    def run(
+        self, state: Mapping[str, Any], inputs: tuple[Any, ...], convolve: Callable[..., Any], form: Callable[..., Any]
     ) -> tuple[jax.Array, Mapping[str, Any]]:
+        """See `ConvolvedRecurrence`."""
         *mixed, decay, strength = inputs
         given: dict[str, Any] = dict(zip(("query", "key", "value"), mixed, strict=True))
         parts, after = convolved(convolve, state, given, self.conv, {})
@@ -82,7 +59,7 @@ class DeltaRecurrence:
         steps = jax.nn.softplus(decay.astype(jnp.float32) + self.dt_bias.astype(jnp.float32))
         log_decay = -jnp.exp(self.a_log.astype(jnp.float32)) * steps
         beta = jax.nn.sigmoid(strength.astype(jnp.float32))
-        out, after["rule"] = rule(_unit(query), _unit(key), value, log_decay, beta, state=state["rule"])
+        out, after["rule"] = form(_unit(query), _unit(key), value, log_decay, beta, state=state["rule"])
         return out.reshape(given["value"].shape), after
 
 
@@ -92,8 +69,8 @@ def _unit(x: jax.Array) -> jax.Array:
     return x * jax.lax.rsqrt(jnp.sum(x * x, axis=-1, keepdims=True) + LENGTH_EPS)
 
 
-class GatedDeltaNet(nnx.Module):
-    """Projections around a `DeltaRecurrence`, with a norm of each head and a gate behind it; the mixer runs it.
+class GatedDeltaNet(RecurrentLayer):
+    """Projections around a `DeltaRecurrence`, with a norm of each head and a gate behind it; see `RecurrentLayer`.
 
     Args:
         features: width of the residual stream.
@@ -109,7 +86,7 @@ class GatedDeltaNet(nnx.Module):
         rngs: where the initial weights come from.
     """
 
-    rotary = None
+    inputs: ClassVar[Any] = {"query": "query", "key": "key", "value": "value", "decay": None, "strength": None}
 
     def __init__(
         self,
@@ -139,7 +116,8 @@ class GatedDeltaNet(nnx.Module):
         self.out = parameter(rngs, (value_heads * value_dim, features), ("heads", "embed"), out_init, dtype, 1)
         self.key_heads = key_heads
 
-    def _in(self, name: str, x: jax.Array) -> jax.Array:
+    def project(self, name: str, x: jax.Array) -> jax.Array:
+        """See `RecurrentLayer`."""
         y = einsum("td,dhk->thk", x, getattr(self, f"in_{name}").get_value())
         return constrain(y, "tokens", "heads", None).reshape(len(x), -1)
 
@@ -148,18 +126,10 @@ class GatedDeltaNet(nnx.Module):
         conv = {name: getattr(self, f"conv_{name}").get_value() for name in ("query", "key", "value")}
         return DeltaRecurrence(conv, self.dt_bias.get_value(), self.a_log.get_value(), self.key_heads)
 
-    def __call__(self, layer: int, x: Float[Array, "tokens features"], tables: Tables, mixer: Any) -> tuple[Any, Any]:
-        """Return the output ``[tokens, features]`` and the mixer."""
-        del tables
-        inputs = tuple(self._in(name, x) for name in ("query", "key", "value", "decay", "strength"))
-        mixed, mixer = mixer.recur(layer, self.recurrence(), inputs)
-        normed = self.norm(mixed.reshape(len(x), -1, self.norm.weight.get_value().size)).reshape(mixed.shape)
-        gated = constrain(gated_product(self._in("gate", x), normed), "tokens", "heads")
-        return einsum("ti,id->td", gated, self.out.get_value()), mixer
-
-    def cache_spec(self) -> RecurrentCache:
-        """Return what the mixer must remember."""
-        return self.recurrence().cache_spec()
+    def gate(self, mixed: jax.Array, gate: jax.Array) -> jax.Array:
+        """See `RecurrentLayer`."""
+        heads = mixed.reshape(len(mixed), -1, self.norm.weight.get_value().size)
+        return gated_product(gate, self.norm(heads).reshape(mixed.shape))
 
 
 def _rates(key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:

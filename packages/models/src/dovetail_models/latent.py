@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from dovetail_kernels import YarnScaling, einsum, rope
@@ -156,11 +157,13 @@ class LatentAttention(nnx.Module):
 
     def __call__(self, layer: int, x: Float[Array, "tokens features"], tables: Tables, mixer: Any) -> tuple[Any, Any]:
         """Return the attention output ``[tokens, features]`` and the mixer."""
-        latent = self.latent_norm(self._down("latent", x))
-        rope_key = self._rotated(self._down("rope_key", x)[:, None], tables)[:, 0]
+        query = checkpoint_name(self._query(x, tables), "query")
+        latent = checkpoint_name(self.latent_norm(self._down("latent", x)), "value")
+        rope_key = checkpoint_name(self._rotated(self._down("rope_key", x)[:, None], tables)[:, 0], "key")
         expand = self.key.get_value(), self.value.get_value()
-        mixed, mixer = mixer.attend_latent(layer, self._query(x, tables), latent, rope_key, expand, scale=self.scale)
-        y = einsum("thk,hkd->td", constrain(mixed, "tokens", "heads", None), self.out.get_value())
+        mixed, mixer = mixer.attend_latent(layer, query, latent, rope_key, expand, scale=self.scale)
+        mixed = checkpoint_name(constrain(mixed, "tokens", "heads", None), "attention")
+        y = einsum("thk,hkd->td", mixed, self.out.get_value())
         return (y + self.out_bias.get_value().astype(y.dtype) if self.bias else y), mixer
 
     def _down(self, name: str, x: jax.Array) -> jax.Array:

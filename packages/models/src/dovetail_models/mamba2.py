@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dovetail_models.decoder import Decoder, StackConfig
@@ -82,6 +83,7 @@ class _Block(nnx.Module):
         """See `dovetail_models.decoder.Block`."""
         x = x if self.residual is None else x.astype(self.residual)
         mixed, mixer = self.attention(layer, self.attention_norm(x).astype(self.inside), tables, mixer)
+        mixed = checkpoint_name(mixed, "attention_out")
         return constrain(x + mixed.astype(x.dtype), "residual", "embed"), {}, mixer
 
 

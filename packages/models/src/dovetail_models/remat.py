@@ -10,7 +10,9 @@ __all__ = ["ACTIVATIONS", "POLICIES", "Remat", "remat_policy"]
 
 ACTIVATIONS = ("residual", "query", "key", "value", "attention", "attention_out", "mlp", "mlp_out")
 """Activations that layers name: the residual stream before a layer, the rotated query and key, the value, what
-attention mixed and what becomes of it, the hidden units of a plain MLP and what becomes of them."""
+attention mixed and what becomes of it, the hidden units of a plain MLP and what becomes of them. Latent attention
+has the rotated part of its keys and the latents that keys and values are made of for key and value; recurrent layers
+have what goes into their convolutions (of a state-space layer c, b and x), and what is behind their gates."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -4,16 +4,15 @@ import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
 
-from dovetail_kernels import causal_conv1d, causal_conv1d_step, einsum, rms_norm, ssd, ssd_step
-from dovetail_models.layers import Initializer, RMSNorm, Tables, parameter
-from dovetail_models.recurrent import TAPS, conv_state, convolved
+from dovetail_kernels import einsum, rms_norm, ssd, ssd_step
+from dovetail_models.layers import Initializer, RMSNorm, parameter
+from dovetail_models.recurrent import TAPS, ConvolvedRecurrence, RecurrentLayer, conv_state, convolved
 from dovetail_protocols import RecurrentCache
 from dovetail_runtime import constrain
 
@@ -22,7 +21,7 @@ __all__ = ["StateSpace", "StateSpaceRecurrence"]
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class StateSpaceRecurrence:
+class StateSpaceRecurrence(ConvolvedRecurrence):
     """Convolutions and `dovetail_kernels.ssd`; meets `dovetail_protocols.Recurrence`.
 
     It takes ``x[..., heads * dim]``, ``b[..., groups * size]``, ``c`` likewise and ``dt[..., heads]``, and gives
@@ -45,6 +44,7 @@ class StateSpaceRecurrence:
     d: Any
     groups: int = dataclasses.field(metadata={"static": True})
     dt_limits: tuple[float, float] = dataclasses.field(default=(0.0, math.inf), metadata={"static": True})
+    forms: ClassVar[Any] = ssd, ssd_step
 
     def cache_spec(self) -> RecurrentCache:
         """See `dovetail_protocols.Recurrence`."""
@@ -52,25 +52,10 @@ class StateSpaceRecurrence:
         scan = heads, len(self.conv["x"]) // heads, len(self.conv["b"]) // self.groups
         return RecurrentCache((*conv_state(self.conv).items(), ("scan", scan)))
 
-    def chunk(
-        self,
-        state: Mapping[str, Any],
-        inputs: tuple[Float[Array, "rows time _"], ...],
-        segment_ids: Int[Array, "rows time"] | None,
-    ) -> tuple[Float[Array, "rows time _"], Mapping[str, Any]]:
-        """See `dovetail_protocols.Recurrence`."""
-        forms = (functools.partial(form, segment_ids=segment_ids) for form in (causal_conv1d, ssd))
-        return self._run(state, inputs, *forms)
-
-    def step(
-        self, state: Mapping[str, Any], inputs: tuple[Float[Array, "rows _"], ...]
-    ) -> tuple[Float[Array, "rows _"], Mapping[str, Any]]:
-        """See `dovetail_protocols.Recurrence`."""
-        return self._run(state, inputs, causal_conv1d_step, ssd_step)
-
-    def _run(
-        self, state: Mapping[str, Any], inputs: tuple[Any, ...], convolve: Callable[..., Any], scan: Callable[..., Any]
+    def run(
+        self, state: Mapping[str, Any], inputs: tuple[Any, ...], convolve: Callable[..., Any], form: Callable[..., Any]
     ) -> tuple[jax.Array, Mapping[str, Any]]:
+        """See `ConvolvedRecurrence`."""
         given: dict[str, Any] = dict(zip(("x", "b", "c"), inputs, strict=False))
         parts, after = convolved(convolve, state, given, self.conv, self.conv_bias)
         x, b, c = (
@@ -80,12 +65,12 @@ class StateSpaceRecurrence:
         wide = inputs[3].astype(jnp.float32) + self.dt_bias.astype(jnp.float32)
         dt = jnp.clip(jax.nn.softplus(wide), *self.dt_limits)
         rates = -jnp.exp(self.a_log.astype(jnp.float32))
-        out, after["scan"] = scan(x, dt, rates, b, c, d=self.d, state=state["scan"])
+        out, after["scan"] = form(x, dt, rates, b, c, d=self.d, state=state["scan"])
         return out.reshape(inputs[0].shape), after
 
 
-class StateSpace(nnx.Module):
-    """Projections around a `StateSpaceRecurrence`, with a gate and a norm behind it; the mixer runs it.
+class StateSpace(RecurrentLayer):
+    """Projections around a `StateSpaceRecurrence`, with a gate and a norm behind it; see `RecurrentLayer`.
 
     Args:
         features: width of the residual stream.
@@ -105,7 +90,7 @@ class StateSpace(nnx.Module):
         rngs: where the initial weights come from.
     """
 
-    rotary = None
+    inputs: ClassVar[Any] = {"x": "value", "b": "key", "c": "query", "dt": None}
 
     def __init__(
         self,
@@ -147,7 +132,8 @@ class StateSpace(nnx.Module):
             self.out_bias = parameter(rngs, (features,), ("embed",), zeros, dtype)
         self.bias, self.conv_bias, self.groups, self.dt_limits = bias, conv_bias, groups, dt_limits
 
-    def _in(self, name: str, x: jax.Array) -> jax.Array:
+    def project(self, name: str, x: jax.Array) -> jax.Array:
+        """See `RecurrentLayer`."""
         y = einsum("td,di->ti", x, getattr(self, f"in_{name}").get_value())
         y = y + getattr(self, f"in_{name}_bias").get_value().astype(y.dtype) if self.bias else y
         return constrain(y, "tokens", None if name in ("b", "c") else "heads")
@@ -166,23 +152,11 @@ class StateSpace(nnx.Module):
             self.dt_limits,
         )
 
-    def __call__(self, layer: int, x: Float[Array, "tokens features"], tables: Tables, mixer: Any) -> tuple[Any, Any]:
-        """Return the output ``[tokens, features]`` and the mixer."""
-        del tables
-        inputs = tuple(self._in(name, x) for name in ("x", "b", "c", "dt"))
-        mixed, mixer = mixer.recur(layer, self.recurrence(), inputs)
-        mixed = constrain(self._gated(mixed, self._in("gate", x)), "tokens", "heads")
-        y = einsum("ti,id->td", mixed, self.out.get_value())
-        return (y + self.out_bias.get_value().astype(y.dtype) if self.bias else y), mixer
-
-    def _gated(self, x: jax.Array, gate: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
-        normed = rms_norm(wide.reshape(len(x), self.groups, -1), eps=self.norm.eps).reshape(x.shape)
-        return (normed * self.norm.weight.get_value().astype(jnp.float32)).astype(x.dtype)
-
-    def cache_spec(self) -> RecurrentCache:
-        """Return what the mixer must remember."""
-        return self.recurrence().cache_spec()
+    def gate(self, mixed: jax.Array, gate: jax.Array) -> jax.Array:
+        """See `RecurrentLayer`."""
+        wide = mixed.astype(jnp.float32) * jax.nn.silu(gate.astype(jnp.float32))
+        normed = rms_norm(wide.reshape(len(mixed), self.groups, -1), eps=self.norm.eps).reshape(mixed.shape)
+        return (normed * self.norm.weight.get_value().astype(jnp.float32)).astype(mixed.dtype)
 
 
 def _steps(limits: tuple[float, float, float], key: jax.Array, shape: tuple[int, ...], dtype: Any) -> jax.Array:
