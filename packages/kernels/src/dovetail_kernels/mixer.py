@@ -30,6 +30,8 @@ class DenseMixer:
         time: tokens per row.
         implementation: of `dovetail_kernels.attention`.
         ring: a mesh and the axis of it that rows are split over; attention is `dovetail_kernels.ring_attention` then.
+        together: int ``[batch, time]``: tokens of a row that have the same number, but 0, see each other in both
+            directions, as the places of one image do; None where none are.
     """
 
     segment_ids: Any
@@ -37,6 +39,7 @@ class DenseMixer:
     time: int = dataclasses.field(metadata={"static": True})
     implementation: Wanted = dataclasses.field(default=None, metadata={"static": True})
     ring: tuple[Mesh, str] | None = dataclasses.field(default=None, metadata={"static": True})
+    together: Any = None
     per_layer: ClassVar[bool] = False
 
     @classmethod
@@ -45,25 +48,27 @@ class DenseMixer:
         tokens: Int[Array, "batch time"],
         segment_ids: Int[Array, "batch time"] | None = None,
         *,
+        together: Int[Array, "batch time"] | None = None,
         implementation: Wanted = None,
         ring: tuple[Mesh, str] | None = None,
     ) -> "DenseMixer":
         """Return the mixer for a batch of rows.
 
         Raises:
-            ValueError: `tokens` are not ``[batch, time]``, `segment_ids` have another shape, or rows are not a multiple
-                of the devices of the `ring`.
+            ValueError: `tokens` are not ``[batch, time]``, `segment_ids` or `together` have another shape, or rows are
+                not a multiple of the devices of the `ring`.
         """
         if tokens.ndim != 2:
             raise ValueError(f"tokens have shape {tokens.shape}; expected [batch, time]")
-        if segment_ids is not None and segment_ids.shape != tokens.shape:
-            raise ValueError(f"segment_ids have shape {segment_ids.shape}; expected that of tokens, {tokens.shape}")
+        for name, x in (("segment_ids", segment_ids), ("together", together)):
+            if x is not None and x.shape != tokens.shape:
+                raise ValueError(f"{name} have shape {x.shape}; expected that of tokens, {tokens.shape}")
         devices = 1 if ring is None else ring[0].shape[ring[1]]
         if tokens.shape[1] % devices:
             raise ValueError(
                 f"rows of {tokens.shape[1]} tokens over {devices} devices of the ring; expected a multiple"
             )
-        return cls(segment_ids, tokens.shape[0], tokens.shape[1], implementation, ring)
+        return cls(segment_ids, tokens.shape[0], tokens.shape[1], implementation, ring, together)
 
     def attend(
         self,
@@ -79,6 +84,8 @@ class DenseMixer:
     ) -> tuple[Float[Array, "tokens heads value_dim"], "DenseMixer"]:
         """Attend within rows; `layer` does not matter here. See `dovetail_protocols.Mixer.attend`.
 
+        A window limits how far back tokens see, those that see each other included.
+
         Raises:
             ValueError: not ``batch * time`` tokens; for the rest see `dovetail_kernels.attention`.
         """
@@ -90,8 +97,8 @@ class DenseMixer:
         def rows(x: jax.Array) -> jax.Array:
             return x.reshape(self.batch, self.time, *x.shape[1:])
 
-        def part(q: jax.Array, k: jax.Array, v: jax.Array, ids: Any, sinks: Any) -> jax.Array:
-            mask = causal()
+        def part(q: jax.Array, k: jax.Array, v: jax.Array, ids: Any, near: Any, sinks: Any) -> jax.Array:
+            mask = causal() if near is None else causal() | segments(near)
             if window is not None:
                 mask = mask & sliding(window)
             if ids is not None:
@@ -105,11 +112,11 @@ class DenseMixer:
             part = jax.shard_map(
                 part,
                 mesh=mesh,
-                in_specs=(split, split, split, split, PartitionSpec()),
+                in_specs=(split,) * 5 + (PartitionSpec(),),
                 out_specs=split,
                 axis_names={axis},
             )
-        out = part(rows(query), rows(key), rows(value), self.segment_ids, sinks)
+        out = part(rows(query), rows(key), rows(value), self.segment_ids, self.together, sinks)
         return out.reshape(-1, *out.shape[2:]), self
 
     def attend_latent(
