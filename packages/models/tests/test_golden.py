@@ -134,9 +134,11 @@ def test_matrix_covers_the_families() -> None:
     assert covered >= {"layers without positions", "rope of two kinds"}
     assert covered >= {"learned positions", "layer norms", "scaled by layer"}
     kinds = {architecture_family(name).config_map.model_type for name in FAMILIES}
-    encoders = tomllib.loads((Path(__file__).parent / "encoders.toml").read_text())
+    others = [
+        tomllib.loads((Path(__file__).parent / name).read_text()) for name in ("encoders.toml", "multimodal.toml")
+    ]
     made = {case["family"] for case in MATRIX.values()} | {
-        architecture_family(e["architecture"]).config_map.model_type for e in encoders.values()
+        architecture_family(case["architecture"]).config_map.model_type for cases in others for case in cases.values()
     }
     assert made == kinds
 

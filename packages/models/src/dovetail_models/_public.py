@@ -10,6 +10,7 @@ from dovetail_models.encoder import EncoderConfig
 from dovetail_models.family import FAMILIES, Family
 from dovetail_models.gemma2 import Gemma2, Gemma2Config
 from dovetail_models.gemma3 import Gemma3, Gemma3Config
+from dovetail_models.gemma3_multimodal import Gemma3Multimodal, Gemma3MultimodalConfig
 from dovetail_models.gpt2 import Gpt2, Gpt2Config
 from dovetail_models.gpt_oss import GptOss, GptOssConfig
 from dovetail_models.hf_config import ConfigMap, Fields
@@ -67,6 +68,8 @@ __all__ = [
     "Gemma2Config",
     "Gemma3",
     "Gemma3Config",
+    "Gemma3Multimodal",
+    "Gemma3MultimodalConfig",
     "Gpt2",
     "Gpt2Config",
     "GptOss",

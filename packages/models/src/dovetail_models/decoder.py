@@ -250,7 +250,7 @@ class Decoder(nnx.Module):
         embeds: Float[Array, "tokens features"] | None = None,
     ) -> tuple[Float[Array, "tokens features"], Auxiliary, Any]:
         """See `dovetail_protocols.LanguageModel.hidden`."""
-        x = self._embedded(tokens) if embeds is None else embeds.astype(self.dtype)
+        x = self.embed(tokens) if embeds is None else embeds.astype(self.dtype)
         x = constrain(self.placed(x, positions), "residual", "embed")
         kinds = dict.fromkeys(layer.attention.rotary for layer in self.layers)
         tables = {rotary: rotary.table(positions) for rotary in kinds if rotary is not None}
@@ -264,7 +264,8 @@ class Decoder(nnx.Module):
         del positions
         return x
 
-    def _embedded(self, tokens: jax.Array) -> jax.Array:
+    def embed(self, tokens: Int[Array, " tokens"]) -> Float[Array, "tokens features"]:
+        """Return the embeddings of tokens, scaled: the `embeds` that `hidden` takes where it is given none."""
         x, scale = take(self.embedding.get_value(), tokens).astype(self.dtype), self.config.embedding_scale
         return x if scale == 1 else x * jnp.asarray(scale, self.dtype)
 

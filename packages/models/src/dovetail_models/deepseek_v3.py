@@ -129,7 +129,7 @@ class DeepseekV3(Decoder):
         """
         if not 0 <= head < self.config.ahead:
             raise ValueError(f"head={head}; the model has {self.config.ahead} heads that look ahead")
-        return self.ahead[head](hidden, self._embedded(following), positions, mixer)
+        return self.ahead[head](hidden, self.embed(following), positions, mixer)
 
 
 def _weight_map(config: DeepseekV3Config) -> WeightMap:

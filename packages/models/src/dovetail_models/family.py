@@ -7,6 +7,7 @@ from typing import Any
 
 from dovetail_models.hf_config import ConfigMap
 from dovetail_models.hf_fields import ConfigError
+from dovetail_models.stack import layer_map
 from dovetail_weights import WeightMap
 
 __all__ = ["FAMILIES", "Family", "architecture_family", "family_of", "named_family"]
@@ -19,6 +20,7 @@ FAMILIES = {
     "DeepseekV3ForCausalLM": "deepseek_v3",
     "Gemma2ForCausalLM": "gemma2",
     "Gemma3ForCausalLM": "gemma3",
+    "Gemma3ForConditionalGeneration": "hf_gemma3",
     "GPT2LMHeadModel": "gpt2",
     "GptOssForCausalLM": "gpt_oss",
     "Mamba2ForCausalLM": "mamba2",
@@ -58,6 +60,7 @@ class Family:
             the one of which most is there is read, and none of it may be missing.
         held: of a configuration and the names of a checkpoint's tensors: the configuration of what is there, where
             checkpoints may leave out parts of the model.
+        stacks: of a configuration: addresses of lists of layers that may be a `Stack`, and how many each has.
     """
 
     model: Callable[..., Any]
@@ -66,6 +69,11 @@ class Family:
     ignored: tuple[str, ...] = ()
     spellings: tuple[Spelling, ...] = ()
     held: Callable[[Any, Collection[str]], Any] = lambda config, _: config
+    stacks: Callable[[Any], Mapping[str, int]] = lambda config: {"layers": config.layers}
+
+    def table(self, config: Any) -> WeightMap:
+        """Return the weight map, which knows the parameters of stacked layers, too."""
+        return layer_map(self.weight_map(config), self.stacks(config))
 
 
 def named_family(values: Mapping[str, Any]) -> Family:

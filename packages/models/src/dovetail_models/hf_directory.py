@@ -12,7 +12,6 @@ from flax import nnx
 from dovetail_models.family import Family, architecture_family, named_family
 from dovetail_models.hf_fields import ConfigError
 from dovetail_models.hub import located
-from dovetail_models.stack import layer_map
 from dovetail_models.state import split
 from dovetail_protocols import paths
 from dovetail_weights import Directory, WeightMap, check, open_directory
@@ -50,7 +49,7 @@ class Opened:
 
     def table(self, like: Any) -> WeightMap:
         """Return the map of a tree of parameters and of the tensors, as this checkpoint spells their names."""
-        plain = layer_map(self.family.weight_map(self.config), self.config.layers)
+        plain = self.family.table(self.config)
         addresses, names = paths.flatten(like), set(self.tensors)
 
         def there(table: WeightMap) -> int:

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dovetail_models.family import Family
-from dovetail_models.hf_config import ConfigMap, Fields
+from dovetail_models.hf_config import ConfigMap
 from dovetail_models.hf_encoder import (
     SIZES,
     activation_field,
@@ -13,7 +13,7 @@ from dovetail_models.hf_encoder import (
     mlp_rules,
     norm_rules,
 )
-from dovetail_models.hf_fields import ConfigError
+from dovetail_models.hf_nested import Part, nested
 from dovetail_models.patches import patch_rules
 from dovetail_models.siglip import (
     SiglipConfig,
@@ -25,7 +25,7 @@ from dovetail_models.siglip import (
 )
 from dovetail_weights import Reshape, Rule, Split, Transpose, WeightMap
 
-__all__ = ["FAMILY", "TEXT", "VISION"]
+__all__ = ["FAMILY", "TEXT", "VISION", "VISION_PART", "vision_rules"]
 
 NAMES = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "out": "out_proj"}
 
@@ -50,7 +50,8 @@ def _text_rules(config: SiglipTextConfig, ours: str = "", theirs: str = "") -> l
     ]
 
 
-def _vision_rules(config: SiglipVisionConfig, ours: str = "", theirs: str = "") -> list[Rule]:
+def vision_rules(config: SiglipVisionConfig, ours: str = "", theirs: str = "") -> list[Rule]:
+    """Return the rules of a `SiglipVisionModel`, whose addresses and names begin with `ours` and `theirs`."""
     return [
         *patch_rules(f"{ours}patches", f"{theirs}embeddings.patch_embedding"),
         Rule(f"{ours}positions", f"{theirs}embeddings.position_embedding.weight"),
@@ -80,7 +81,7 @@ def _weight_map(config: SiglipConfig) -> WeightMap:
     return WeightMap(
         [
             *_text_rules(config.text, "text/", "text_model."),
-            *_vision_rules(config.vision, "vision/", "vision_model."),
+            *vision_rules(config.vision, "vision/", "vision_model."),
             *(Rule(name, name, one) for name in ("logit_scale", "logit_bias")),
         ]
     )
@@ -126,38 +127,14 @@ VISION = Family(
             "vision_use_head": ("head", bool, True),
         },
     ),
-    lambda config: WeightMap(_vision_rules(config)),
+    lambda config: WeightMap(vision_rules(config)),
     ignored=("*.position_ids",),
     spellings=((("{x}", "vision_model.{x}"),),),
 )
-TOWERS = {"text": ("text_config", TEXT), "vision": ("vision_config", VISION)}
 # The original checkpoints leave out what is as in the base models.
 SIZES_OF_BASE = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
-
-
-def _read(values: Mapping[str, Any], _: Mapping[str, Any]) -> Mapping[str, Any]:
-    found: dict[str, Any] = {}
-    for ours, (name, family) in TOWERS.items():
-        given = values.get(name)
-        if not isinstance(given, Mapping):
-            raise ConfigError(f"{name}={given!r}; expected an object")
-        absent = {**SIZES_OF_BASE, "model_type": family.config_map.model_type}
-        absent |= {"vocab_size": 32000} if ours == "text" else {}
-        try:
-            found[ours] = family.config_map.read({**absent, **given})
-        except ConfigError as error:
-            raise ConfigError(f"{name}: {error}") from error
-    return found
-
-
-def _write(config: SiglipConfig) -> Mapping[str, Any]:
-    towers = {name: family.config_map.write(getattr(config, ours), dtype="") for ours, (name, family) in TOWERS.items()}
-    return {
-        name: {field: value for field, value in values.items() if field != "torch_dtype"}
-        for name, values in towers.items()
-    }
-
-
+TEXT_PART = Part("text_config", TEXT.config_map, {**SIZES_OF_BASE, "vocab_size": 32000})
+VISION_PART = Part("vision_config", VISION.config_map, SIZES_OF_BASE)
 FAMILY = Family(
     SiglipModel,
     ConfigMap(
@@ -168,7 +145,7 @@ FAMILY = Family(
         attends=False,
         options={},
         ignored=("initializer_factor", "tie_word_embeddings"),
-        others=(Fields(("text_config", "vision_config"), _read, _write),),
+        others=(nested({"text": TEXT_PART, "vision": VISION_PART}),),
     ),
     _weight_map,
     ignored=("*.position_ids",),

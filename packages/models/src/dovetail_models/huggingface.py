@@ -14,7 +14,6 @@ from jax.sharding import Mesh
 from dovetail_models.family import Family, family_of, named_family
 from dovetail_models.hf_directory import open_pretrained
 from dovetail_models.hf_files import tokenizer_files
-from dovetail_models.stack import layer_map
 from dovetail_models.state import merge, placements, split
 from dovetail_runtime import Rules
 from dovetail_weights import WeightMap, load, save
@@ -45,7 +44,7 @@ def weight_map(config: Any) -> WeightMap:
 
     It knows the parameters of stacked layers, too, as models with ``scan=True`` have them.
     """
-    return layer_map(family_of(config).weight_map(config), config.layers)
+    return family_of(config).table(config)
 
 
 def from_pretrained(
@@ -130,7 +129,7 @@ def save_pretrained(
     files["generation_config.json"] = _json(ids)
     return save(
         Path(path),
-        layer_map(family.weight_map(model.config), model.config.layers),
+        family.table(model.config),
         params,
         extra_files=files,
         max_shard_bytes=max_shard_bytes,

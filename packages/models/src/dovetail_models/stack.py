@@ -7,7 +7,7 @@ cycle is compiled once, whatever the depth of the model. Layers before and after
 
 import functools
 import re
-from collections.abc import Collection, Hashable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -21,7 +21,7 @@ from dovetail_weights import StackedMap, WeightMap
 
 __all__ = ["Cycle", "Stack", "find_cycle", "layer_map", "run_layers"]
 
-PLACE = re.compile(r"layers/(?P<part>before|cycle|after)/(?P<index>[0-9]+)/(?P<rest>.+)")
+PLACE = re.compile(r"(?P<list>(?:.+/)?layers)/(?P<part>before|cycle|after)/(?P<index>[0-9]+)/(?P<rest>.+)")
 
 
 class Cycle(NamedTuple):
@@ -193,19 +193,26 @@ def run_layers(
     return x, total, mixer
 
 
-def layer_map(table: WeightMap, layers: int) -> WeightMap:
+def layer_map(table: WeightMap, stacks: Mapping[str, int]) -> WeightMap:
     """Return a map for ``layers/{i}/...`` that knows the parameters of a `Stack`, too.
 
     Args:
         table: of the layers one by one.
-        layers: how many.
+        stacks: addresses of lists of layers, such as ``layers``, that may be a `Stack`, and how many each has.
     """
-    return StackedMap(table.rules, functools.partial(_singles, layers))
+    return StackedMap(table.rules, functools.partial(_singles, stacks))
 
 
-def _singles(layers: int, addresses: Collection[str]) -> dict[str, list[str]]:
+def _singles(stacks: Mapping[str, int], addresses: Collection[str]) -> dict[str, list[str]]:
     """Return the addresses of the layers one by one that each address stands for."""
+    stands: dict[str, list[str]] = {address: [address] for address in addresses}
     places = [match for match in map(PLACE.fullmatch, addresses) if match]
+    for layers, count in stacks.items():
+        stands |= _of_stack(count, [match for match in places if match["list"] == layers])
+    return stands
+
+
+def _of_stack(layers: int, places: Collection[re.Match[str]]) -> dict[str, list[str]]:
     before, period, after = (
         len({match["index"] for match in places if match["part"] == part}) for part in ("before", "cycle", "after")
     )
@@ -214,5 +221,4 @@ def _singles(layers: int, addresses: Collection[str]) -> dict[str, list[str]]:
         "cycle": lambda i: range(before + i, layers - after, period),
         "after": lambda i: range(layers - after + i, layers - after + i + 1),
     }
-    stands = {m[0]: [f"layers/{i}/{m['rest']}" for i in every[m["part"]](int(m["index"]))] for m in places}
-    return {address: stands.get(address, [address]) for address in addresses}
+    return {m[0]: [f"{m['list']}/{i}/{m['rest']}" for i in every[m["part"]](int(m["index"]))] for m in places}
