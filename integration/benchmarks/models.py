@@ -1,4 +1,4 @@
-"""Models: importing a Hugging Face directory of 1 GB, against transformers.
+"""Models: importing a Hugging Face directory of 1 GB, against transformers; training steps of deep ones (`depth.py`).
 
 The directory is made here, once. Each turn imports it in a process of its own that has imported its libraries and
 allocates memory as a user's would; the time ends when every value of every parameter was read once, since a memory map
@@ -20,8 +20,11 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
+import depth
 import llama
+from depth import Compile, ScannedCompile, ScannedStep, Step  # noqa: F401 - the harness looks for them here
 from protocol import Benchmark, Case, Contestant, nearby
+from train import Transformers as Eager  # noqa: F401 - and for this one
 from worker import anonymous_memory
 
 FOLDER = Path(__file__).resolve().parents[2] / ".nox" / "bench-models"
@@ -205,7 +208,7 @@ def import_case(c: dict[str, Any]) -> Case:
 
 def cases(rng: random.Random | None) -> list[Case]:
     """All parts; a case of another part names its own pair."""
-    return [*import_cases(rng)]
+    return [*import_cases(rng), *depth.cases(rng)]
 
 
 BENCHMARK = Benchmark("models", Contestant("Dovetail", "ours"), Contestant("Transformers", "torch"), cases)
