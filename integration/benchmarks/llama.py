@@ -89,13 +89,13 @@ def directory(c: Mapping[str, Any]) -> Path:
     return FOLDER
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Any]) -> None:
-    """Write float32 tensors as safetensors: the length of the header, the header, the values."""
+def write_tensors(path: Path, tensors: Mapping[str, Any], kind: str = "F32") -> None:
+    """Write tensors as safetensors: the length of the header, the header, the values; of BF16 as unsigned integers."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
-        header[name] = {"dtype": "F32", "shape": tensor.shape, "data_offsets": (start, end)}
+        header[name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": (start, end)}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     with path.open("wb") as file:

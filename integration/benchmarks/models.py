@@ -1,4 +1,4 @@
-"""Models: importing a Hugging Face directory of 1 GB, against transformers; training steps of deep ones (`depth.py`).
+"""Models: importing 1 GB of weights from a Hugging Face directory, against transformers; steps of deep ones (`depth`).
 
 The directory is made here, once. Each turn imports it in a process of its own that has imported its libraries and
 allocates memory as a user's would; the time ends when every value of every parameter was read once, since a memory map
@@ -42,12 +42,15 @@ def checkpoint(c: dict[str, Any]) -> Path:
     partial = FOLDER / "partial"
     partial.mkdir(parents=True)
     shapes, owners = llama.shapes(c), {}
+    stored = c.get("stored", "F32")
     for number, names in enumerate(shards(shapes)):
         file = f"model-{number:05}.safetensors"
-        llama.write_tensors(partial / file, {name: values(number, shapes[name]) for name in names})
+        llama.write_tensors(partial / file, {name: values(number, shapes[name], stored) for name in names}, stored)
         owners |= dict.fromkeys(names, file)
     (partial / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": owners}))
-    (partial / "config.json").write_text(json.dumps(llama.hf_config(c)))
+    (partial / "config.json").write_text(
+        json.dumps({**llama.hf_config(c), "dtype": {"F32": "float32", "BF16": "bfloat16"}[stored]})
+    )
     partial.rename(folder)
     return folder
 
@@ -65,11 +68,12 @@ def shards(shapes: dict[str, tuple[int, ...]]) -> list[list[str]]:
     return found
 
 
-def values(seed: int, shape: tuple[int, ...]) -> Any:
-    """Random weights."""
+def values(seed: int, shape: tuple[int, ...], stored: str) -> Any:
+    """Random weights; those of 16 bits are the upper halves of float32."""
     import numpy as np
 
-    return np.random.default_rng(seed).standard_normal(shape, np.float32) * np.float32(0.02)
+    wide = np.random.default_rng(seed).standard_normal(shape, np.float32) * np.float32(0.02)
+    return wide if stored == "F32" else (wide.view(np.uint32) >> 16).astype(np.uint16)
 
 
 class Import:
@@ -194,16 +198,19 @@ def child(system: str, folder: str) -> None:
 
 
 def import_cases(rng: random.Random | None) -> list[Case]:
-    """The directory of 1 GB and, with a generator, three near it."""
+    """Weights of 1 GB as they are stored, and out of bfloat16; with a generator also three near each."""
     steps = {"d": 256, "ff": 64, "layers": 1, "vocab": 64}
-    configs = [IMPORT, *(nearby(rng, IMPORT, steps) for _ in range(3 if rng else 0))]
-    return [import_case(config) for config in configs]
+    kinds = [IMPORT, {**IMPORT, "stored": "BF16"}]
+    return [
+        import_case(c) for kind in kinds for c in [kind, *(nearby(rng, kind, steps) for _ in range(3 if rng else 0))]
+    ]
 
 
 def import_case(c: dict[str, Any]) -> Case:
     """One import."""
     size = 4e-9 * llama.parameters(c)
-    return Case(f"import {size:.2f} GB float32, Llama d{c['d']} L{c['layers']}", c, tolerance=1e-4)
+    stored = "" if c.get("stored", "F32") == "F32" else " from bfloat16"
+    return Case(f"import {size:.2f} GB float32{stored}, Llama d{c['d']} L{c['layers']}", c, tolerance=1e-4)
 
 
 def cases(rng: random.Random | None) -> list[Case]:

@@ -119,6 +119,25 @@ def test_what_is_loaded_does_not_hang_on_the_file(tree, tmp_path):
     equal(loaded, tree)
 
 
+@pytest.mark.parametrize("name", ["float32", "bfloat16", "float16", "float8_e4m3fn", "int8", "uint8", "bool", "int32"])
+@pytest.mark.parametrize("axes", [(1, 0), (2, 0, 1), (0, 2, 1)], ids=str)
+@pytest.mark.parametrize("parts", [1, 8])
+def test_permuted_axes(name, axes, parts, tmp_path):
+    """Views with strides go to a device as they are, whatever the size of a number, whole and in parts."""
+    dtype = jnp.dtype(name)
+    shape = (16, 24, 40)[: len(axes)]
+    value = np.random.default_rng(0).integers(0, 2 if name == "bool" else 100, shape).astype(dtype)
+    write_directory(tmp_path, {"w": value}, overwrite=True)
+    expected = value.transpose(axes)
+    mesh = jax.make_mesh((parts,), ("x",), devices=jax.devices()[:parts], axis_types=(jax.sharding.AxisType.Auto,))
+    like = {"w": jax.ShapeDtypeStruct(expected.shape, dtype)}
+    for spec in (PartitionSpec("x"), PartitionSpec(None, "x")):
+        found = load(
+            tmp_path, WeightMap([Rule("w", "w", (Transpose(axes),))]), like, shardings=NamedSharding(mesh, spec)
+        )
+        np.testing.assert_array_equal(found["w"], expected)
+
+
 def test_dtypes(tree, tmp_path):
     """A dtype option is ignored, hits integers, or a float becomes an integer silently."""
     path = save(tmp_path / "d", MAP, tree, dtype=jnp.bfloat16)

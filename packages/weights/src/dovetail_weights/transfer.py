@@ -17,6 +17,8 @@ from dovetail_weights.writing import write_directory
 
 __all__ = ["check", "load", "save"]
 
+ALIGNMENT = 64
+
 
 def check(
     directory: str | pathlib.Path | Directory, weight_map: WeightMap, like: Any, *, ignore: Sequence[str] = ()
@@ -154,14 +156,26 @@ def _places(leaves: Mapping[str, Any], like: Any, shardings: Any) -> dict[str, A
 def _place(part: Lazy, dtype: np.dtype[Any], sharding: Any) -> jax.Array:
     """Bring a lazy array to the devices and wait, so that its memory on the host is free before the next."""
 
-    def copy(index: Any) -> np.ndarray[Any, Any]:
+    def values(index: Any) -> np.ndarray[Any, Any]:
         value = part.read(index)
-        mine = value.flags.writeable  # a view of the file is not, and must not outlive it
-        return np.array(value, dtype=dtype, order="C", copy=None if mine else True)
+        if value.dtype != dtype:
+            return value.astype(dtype)  # in the order of its axes, which jax permutes faster than NumPy
+        if value.flags.writeable or not value.flags.c_contiguous:
+            return value
+        return _copied(value)  # jax would use the view of the file itself, which must not outlive it
 
     if sharding is None or len(sharding.device_set) == 1:
-        return jax.block_until_ready(jax.device_put(copy(()), sharding))
-    return jax.block_until_ready(jax.make_array_from_callback(part.shape, sharding, copy))
+        return jax.block_until_ready(jax.device_put(values(()), sharding))
+    return jax.block_until_ready(jax.make_array_from_callback(part.shape, sharding, values))
+
+
+def _copied(value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return a copy at an address that jax takes over on CPUs; any other it would copy once more."""
+    memory = np.empty(value.nbytes + ALIGNMENT, np.uint8)
+    start = -memory.ctypes.data % ALIGNMENT
+    copy = memory[start : start + value.nbytes].view(value.dtype).reshape(value.shape)
+    copy[...] = value
+    return copy
 
 
 def _lazy_leaf(address: str, leaf: Any, dtype: Any) -> Lazy:
