@@ -57,6 +57,8 @@ def link(text: str, target: Path, here: str) -> str:
         page = f"packages/{inside.parts[1]}.md"
     elif inside.name in ("README.md", "ARCHITECTURE.md", "CONTRIBUTING.md"):
         page = "index.md" if inside.name == "README.md" else f"{inside.stem.lower()}.md"
+    elif inside.parts[0] == "docs" and inside.suffix == ".md":
+        page = inside.relative_to("docs").as_posix()
     else:
         return text
     return f"[{text}]({posixpath.relpath(page, here or '.')})"

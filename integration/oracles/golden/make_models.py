@@ -82,6 +82,9 @@ def widen(model: torch.nn.Module) -> None:
             else:
                 inputs = parameter.shape[-1 if "conv" in name else 1]
                 parameter.normal_(std=1.0 if "embed" in name else 1.3 * inputs**-0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("correction_bias"):
+            buffer.normal_(std=0.1)
 
 
 def old_style(folder: pathlib.Path) -> None:

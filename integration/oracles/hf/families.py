@@ -178,6 +178,25 @@ def deepseek_v3(rng: random.Random) -> Any:
     return transformers.DeepseekV3Config(**values, norm_topk_prob=rng.random() < 0.6, rope_interleave=interleaved)
 
 
+def glm4_moe(rng: random.Random) -> Any:
+    values = without(sizes(rng), "mlp_bias", head_dim=False)
+    if "head_dim" in values:
+        values |= {"head_dim": 8, "hidden_size": rng.choice([18, 25, 32])}
+    share = rng.choice([{}, {"partial_rotary_factor": rng.choice([0.5, 1.0])}])
+    return transformers.Glm4MoeConfig(
+        **values | {"rope_parameters": values["rope_parameters"] | share},
+        use_qk_norm=rng.random() < 0.5,
+        n_routed_experts=rng.choice([4, 8]),
+        n_shared_experts=rng.randint(1, 2),
+        num_experts_per_tok=rng.randint(1, 2),
+        moe_intermediate_size=rng.randint(4, 20),
+        first_k_dense_replace=rng.choice([0, 1]),
+        routed_scaling_factor=rng.choice([1.0, 2.5]),
+        norm_topk_prob=rng.random() < 0.6,
+        **rng.choice([{}, {"n_group": 2, "topk_group": 1}, {"n_group": 2, "topk_group": 2}]),
+    )
+
+
 def rope_of_kinds(rng: random.Random, local: str | None) -> dict[str, Any]:
     """Draw rotary settings as transformers 5 writes them for each kind of layer, or as 4 did."""
     full, theta = rope_of(rng), rng.choice([1000.0, 20000.0])
@@ -324,6 +343,7 @@ FAMILIES: dict[str, Callable[[random.Random], Any]] = {
     "deepseek_v3": deepseek_v3,
     "gemma2": gemma2,
     "gemma3": gemma3,
+    "glm4_moe": glm4_moe,
     "gpt2": gpt2,
     "gpt_oss": gpt_oss,
     "llama": llama,
@@ -358,6 +378,9 @@ def widened(config: Any, seed: int) -> Any:
             else:
                 inputs = parameter.shape[-1 if "conv" in name else 1]
                 parameter.normal_(std=1.0 if "embed" in name else 1.3 * inputs**-0.5)
+    for name, buffer in model.named_buffers():
+        if name.endswith("correction_bias"):
+            buffer.normal_(std=0.3)
     return model
 
 

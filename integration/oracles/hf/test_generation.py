@@ -32,6 +32,7 @@ OTHERS = {
     "deepseek_v3": 3,
     "gemma2": 1,
     "gemma3": 2,
+    "glm4_moe": 2,
     "gpt2": 2,
     "gpt_oss": 2,
     "mamba2": 2,

@@ -153,12 +153,12 @@ def test_balancing_loss_of_one_sequence(tmp_path: Path) -> None:
     np.testing.assert_allclose(total / weight, expected, rtol=1e-5)
 
 
-def with_heads(seed: int, heads: int, folder: Path) -> tuple[Any, Any]:
-    """Store a DeepSeek-V3 with heads that look ahead; return it and its heads, as transformers builds them.
+def with_heads(family: str, seed: int, heads: int, folder: Path) -> tuple[Any, Any]:
+    """Store a model with heads that look ahead; return it and its heads, as transformers builds them.
 
     A head's block is a layer, and is stored as one after the last: so it is made as one of a deeper model.
     """
-    config = random_config(seed, "deepseek_v3")
+    config = random_config(seed, family)
     layers, config.first_k_dense_replace = config.num_hidden_layers, 0
     config.num_hidden_layers += heads
     deep = widened(config, seed)
@@ -175,15 +175,16 @@ def with_heads(seed: int, heads: int, folder: Path) -> tuple[Any, Any]:
         for name, module in named.items():
             torch.nn.init.uniform_(module.weight, -0.3 if name == "eh_proj" else 0.5, 0.8)
             tensors[f"model.layers.{layers + i}.{name}.weight"] = module.weight.detach().numpy()
-    config.architectures = ["DeepseekV3ForCausalLM"]
+    config.architectures = [type(main).__name__]
     write_directory(folder / "all", tensors, extra_files={"config.json": config.to_json_string(use_diff=False)})
     return main, ahead
 
 
 @pytest.mark.parametrize(("seed", "heads"), [(1, 1), (7, 2)])
-def test_heads_that_look_ahead(seed: int, heads: int, tmp_path: Path) -> None:
-    """The states of DeepSeek-V3's prediction heads are others than there, or a checkpoint loses them."""
-    main, ahead = with_heads(seed, heads, tmp_path)
+@pytest.mark.parametrize("family", ["deepseek_v3", "glm4_moe"])
+def test_heads_that_look_ahead(family: str, seed: int, heads: int, tmp_path: Path) -> None:
+    """The states of prediction heads are others than there, or a checkpoint loses them."""
+    main, ahead = with_heads(family, seed, heads, tmp_path)
     model = from_pretrained(tmp_path / "all")
     tokens, targets = batch(seed, model.vocab_size)
     positions, mixer = jnp.tile(jnp.arange(TIME, dtype=jnp.int32), BATCH), DenseMixer.of(jnp.asarray(tokens, jnp.int32))

@@ -12,6 +12,8 @@ from dovetail_models import (
     Gemma2Config,
     Gemma3,
     Gemma3Config,
+    Glm4Moe,
+    Glm4MoeConfig,
     Gpt2,
     Gpt2Config,
     GptOss,
@@ -42,9 +44,9 @@ from dovetail_models import (
 
 SIZES = {"vocab_size": 24, "features": 8, "hidden": 12, "layers": 2, "heads": 4, "kv_heads": 2, "init_std": 0.5}
 RECURRENT = {name: SIZES[name] for name in ("vocab_size", "features", "layers", "init_std")}
+SHARED = {"experts": 4, "top_k": 2, "expert_hidden": 5, "shared_experts": 2, "first_dense": 1}
 LATENT = {name: value for name, value in SIZES.items() if name != "kv_heads"} | {
-    **{"latent_dim": 6, "nope_dim": 4, "rope_dim": 2, "value_dim": 3, "experts": 4, "top_k": 2},
-    **{"expert_hidden": 5, "shared_experts": 2, "first_dense": 1},
+    **{"latent_dim": 6, "nope_dim": 4, "rope_dim": 2, "value_dim": 3, **SHARED},
 }
 NEXT = {"expert_hidden": 6, "experts": 3, "top_k": 2, "shared_hidden": 5}
 LONG = LongRopeScaling((1.0, 1.5), (2.0, 4.0), 16, factor=8.0)
@@ -61,6 +63,19 @@ MODELS: dict[str, tuple[Any, Any]] = {
     "gemma3": (
         Gemma3,
         Gemma3Config(**SIZES, head_dim=6, windows=(3, None), query_dim=5, final_softcap=2.0, local_theta=50.0),
+    ),
+    "glm4_moe": (
+        Glm4Moe,
+        Glm4MoeConfig(
+            **SIZES | {"features": 6},
+            **SHARED,
+            head_dim=8,
+            expert_groups=2,
+            kept_groups=2,
+            attention_bias=True,
+            attention_norms=True,
+            ahead=1,
+        ),
     ),
     "gpt2": (Gpt2, Gpt2Config(**RECURRENT, heads=4, max_position=64, scaled_by_layer=True)),
     "gpt_oss": (GptOss, GptOssConfig(**SIZES, head_dim=6, experts=3, top_k=2, windows=(3, None), alpha=1.5, limit=0.5)),

@@ -35,6 +35,7 @@ ATTENTION, DENSE = ["layers/*/attention/{query,key,value,out}"], ["layers/*/mlp/
 SPARSE = ["layers/*/mlp/experts/{gate,up,down}", "layers/*/mlp/router/weight"]
 STATES = ["layers/*/attention/{in_gate,in_x,in_b,in_c,in_dt,out}"]
 WEIGHTS = {
+    "glm4_moe": [*ATTENTION, *DENSE, *SPARSE, "layers/*/mlp/shared/*"],
     "gpt2": ["positions", *ATTENTION, "layers/*/mlp/{up,down}"],
     "gpt_oss": [*ATTENTION, *SPARSE],
     "mamba2": STATES,

@@ -3,7 +3,7 @@
 from typing import Any
 
 import pytest
-from model_toys import LATENT, MODELS, NEXT, RECURRENT, SIZES
+from model_toys import LATENT, MODELS, NEXT, RECURRENT, SHARED, SIZES
 
 from dovetail_kernels import LinearScaling, LongRopeScaling, YarnScaling
 from dovetail_models import (
@@ -11,6 +11,7 @@ from dovetail_models import (
     DeepseekV2Config,
     DeepseekV3Config,
     Gemma3Config,
+    Glm4MoeConfig,
     Gpt2Config,
     MistralConfig,
     Olmo3Config,
@@ -24,6 +25,7 @@ from dovetail_models import (
 )
 
 FULL, WINDOW, LINEAR = "full_attention", "sliding_attention", {"rope_type": "linear", "factor": 2.0}
+GLM = {"head_dim": 8}
 SU = {"type": "su", "short_factor": [1], "long_factor": [2.0]}
 
 
@@ -41,6 +43,7 @@ SU = {"type": "su", "short_factor": [1], "long_factor": [2.0]}
         Qwen3MoeConfig(**SIZES, expert_hidden=6, experts=4, top_k=4, dense_layers=(1,), renormalize=True),
         DeepseekV2Config(**LATENT, query_rank=3, rope_scaling=YarnScaling(4.0, 16, mscale=0.7, mscale_all_dim=0.8)),
         DeepseekV3Config(**LATENT, query_rank=None, expert_groups=1, kept_groups=1, renormalize=False),
+        Glm4MoeConfig(**SIZES, **SHARED, rotary_fraction=1.0, renormalize=False, balanced=True, tied=True),
         Qwen3NextConfig(
             **SIZES | {"layers": 1}, **NEXT, head_dim=16, linear=(False,), sparse_step=2, dense_layers=(0,)
         ),
@@ -96,6 +99,17 @@ def test_there_and_back(config: Any) -> None:
         ("deepseek_v2", {"num_experts_per_tok": 6, "q_lora_rank": None}, {"query_rank": None, "first_dense": 0}),
         ("deepseek_v3", {}, {"experts": 256, "top_k": 8, "expert_groups": 8, "kept_groups": 4, "routed_scale": 2.5}),
         ("deepseek_v3", {}, {"renormalize": True, "ahead": 1, "first_dense": 3, "interleaved": True, "rope_dim": 64}),
+        (
+            "glm4_moe",
+            {"head_dim": 8},
+            {"experts": 128, "top_k": 8, "expert_groups": 1, "kept_groups": 1, "routed_scale": 1.0},
+        ),
+        (
+            "glm4_moe",
+            {"head_dim": 8},
+            {"rotary_fraction": 0.5, "first_dense": 1, "ahead": 1, "kv_heads": 8, "norm_eps": 1e-5},
+        ),
+        ("glm4_moe", GLM | {"num_mtp_layers": 2, "num_local_experts": 9}, {"ahead": 2, "experts": 9}),
         ("gpt_oss", {}, {"experts": 128, "top_k": 4, "windows": (128, None), "attention_bias": True, "head_dim": 64}),
         ("gpt_oss", {}, {"rope_scaling": YarnScaling(32.0, 4096, truncate=False), "rope_theta": 150000.0}),
         ("gpt_oss", {"rope_parameters": {"rope_type": "default"}}, {"rope_scaling": None, "rope_theta": 150000.0}),
@@ -193,6 +207,21 @@ def test_what_is_absent_is_as_in_transformers(config: str, changes: dict[str, An
         ("gpt_oss", {"experts_per_token": 2}, "experts_per_token=2, num_experts_per_tok=4; expected one number"),
         ("gpt_oss", {"swiglu_limit": 0.0}, "limit=0.0"),
         ("gpt_oss", {"quantization_config": {"quant_method": "mxfp4"}}, "mxfp4.*; quantized checkpoints are not read"),
+        (
+            "glm4_moe",
+            {"num_mtp_layers": 2, "num_nextn_predict_layers": 1},
+            "num_mtp_layers=2, num_nextn_predict_layers=1",
+        ),
+        ("glm4_moe", GLM | {"n_group": 3}, "expert_groups=3, kept_groups=1; expected a divisor of 128"),
+        (
+            "glm4_moe",
+            GLM | {"n_group": 128, "topk_group": 9},
+            "expert_groups=128; expected groups of at least 2",
+        ),
+        ("glm4_moe", GLM | {"n_shared_experts": 0}, "shared_experts=0; expected at least 1"),
+        ("glm4_moe", {"partial_rotary_factor": 2.0}, "partial_rotary_factor=2.0; expected above 0 and at most 1"),
+        ("glm4_moe", {"hidden_act": "gelu"}, "hidden_act='gelu'; only 'silu'"),
+        ("glm4_moe", {"scoring_func": "softmax"}, "unknown fields.*scoring_func"),
         ("gptj", {}, "model_type='gptj'; expected one of"),
     ],
 )

@@ -86,6 +86,7 @@ def attention_features(model: Any, attentions: list[Any]) -> set[str]:
         "scaled by layer": len({one.scale for one in attentions}) > 1,
         "window": any(windows),
         "window in some layers": any(windows) and not all(windows),
+        "heads do not divide features": config.features % config.heads != 0,
         "head_dim != d/heads": config.dim != config.features // config.heads,
     }
     rope = {f"rope {kinds[type(config.rope_scaling)]}"} if rotated else set[str]()
@@ -128,7 +129,7 @@ def test_matrix_covers_the_families() -> None:
     assert covered >= {"window", "window in some layers", "norms before", "norms after", "soft caps"}
     assert covered >= {"attention sinks", "biases of experts", "clamped units"}
     assert covered >= {"state space", "limited steps", "delta net"}
-    assert covered >= {"gated heads", "partly turned heads"}
+    assert covered >= {"gated heads", "partly turned heads", "heads do not divide features"}
     assert covered >= {"latent attention", "latent queries", "shared experts", "corrected choice of experts"}
     assert covered >= {"experts", "groups of experts", "experts in some layers", "normalised weights of experts"}
     assert covered >= {"layers without positions", "rope of two kinds"}

@@ -1,8 +1,9 @@
 """The public names, which the package imports when the first one is asked for."""
 
 from dovetail_models.bert import BertConfig, BertForMaskedLM, BertMaskedLMConfig, BertModel
+from dovetail_models.config_parts import LayerWindowsConfig, PartlyTurnedConfig, WindowConfig
 from dovetail_models.conversion import convert
-from dovetail_models.decoder import Decoder, DecoderConfig, StackConfig
+from dovetail_models.decoder import Block, Decoder, DecoderConfig, StackConfig
 from dovetail_models.deepseek_v2 import DeepseekV2, DeepseekV2Config
 from dovetail_models.deepseek_v3 import DeepseekV3, DeepseekV3Config
 from dovetail_models.description import Description, ParameterGroup, describe
@@ -11,16 +12,20 @@ from dovetail_models.family import FAMILIES, Family
 from dovetail_models.gemma2 import Gemma2, Gemma2Config
 from dovetail_models.gemma3 import Gemma3, Gemma3Config
 from dovetail_models.gemma3_multimodal import Gemma3Multimodal, Gemma3MultimodalConfig
+from dovetail_models.glm4_moe import Glm4Moe, Glm4MoeConfig
 from dovetail_models.gpt2 import Gpt2, Gpt2Config
 from dovetail_models.gpt_oss import GptOss, GptOssConfig
 from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_fields import ConfigError
+from dovetail_models.hf_rules import attention_rules, decoder_rules, expert_rules, mlp_rules, outer_rules
 from dovetail_models.hub import HubError
 from dovetail_models.huggingface import config_from_hf, config_to_hf, from_pretrained, save_pretrained, weight_map
+from dovetail_models.layers import MLP, GatedMLP, GroupedAttention, LayerNorm, RMSNorm, Rotary
 from dovetail_models.llama import Llama, LlamaConfig
 from dovetail_models.mamba2 import Mamba2, Mamba2Config
 from dovetail_models.mistral import Mistral, MistralConfig
 from dovetail_models.mixtral import Mixtral, MixtralConfig
+from dovetail_models.moe import Selection, SparseBlock, SparseConfig, SparseMLP, sparse_mlp
 from dovetail_models.mup import maximal_update
 from dovetail_models.olmo2 import Olmo2, Olmo2Config
 from dovetail_models.olmo3 import Olmo3, Olmo3Config
@@ -47,11 +52,13 @@ from dovetail_models.vit import ViTClassifierConfig, ViTConfig, ViTForImageClass
 __all__ = [
     "ACTIVATIONS",
     "FAMILIES",
+    "MLP",
     "POLICIES",
     "BertConfig",
     "BertForMaskedLM",
     "BertMaskedLMConfig",
     "BertModel",
+    "Block",
     "ConfigError",
     "ConfigMap",
     "Decoder",
@@ -64,17 +71,23 @@ __all__ = [
     "EncoderConfig",
     "Family",
     "Fields",
+    "GatedMLP",
     "Gemma2",
     "Gemma2Config",
     "Gemma3",
     "Gemma3Config",
     "Gemma3Multimodal",
     "Gemma3MultimodalConfig",
+    "Glm4Moe",
+    "Glm4MoeConfig",
     "Gpt2",
     "Gpt2Config",
     "GptOss",
     "GptOssConfig",
+    "GroupedAttention",
     "HubError",
+    "LayerNorm",
+    "LayerWindowsConfig",
     "Llama",
     "LlamaConfig",
     "Mamba2",
@@ -88,6 +101,7 @@ __all__ = [
     "Olmo3",
     "Olmo3Config",
     "ParameterGroup",
+    "PartlyTurnedConfig",
     "Phi3",
     "Phi3Config",
     "Qwen2",
@@ -98,7 +112,10 @@ __all__ = [
     "Qwen3MoeConfig",
     "Qwen3Next",
     "Qwen3NextConfig",
+    "RMSNorm",
     "Remat",
+    "Rotary",
+    "Selection",
     "SiglipConfig",
     "SiglipModel",
     "SiglipTextConfig",
@@ -107,6 +124,9 @@ __all__ = [
     "SiglipVisionModel",
     "SmolLM3",
     "SmolLM3Config",
+    "SparseBlock",
+    "SparseConfig",
+    "SparseMLP",
     "Stack",
     "StackConfig",
     "T5EncoderConfig",
@@ -115,18 +135,25 @@ __all__ = [
     "ViTConfig",
     "ViTForImageClassification",
     "ViTModel",
+    "WindowConfig",
     "abstract",
+    "attention_rules",
     "config_from_hf",
     "config_to_hf",
     "convert",
+    "decoder_rules",
     "describe",
+    "expert_rules",
     "from_pretrained",
     "init",
     "logical_axes",
     "maximal_update",
     "merge",
+    "mlp_rules",
+    "outer_rules",
     "placements",
     "save_pretrained",
+    "sparse_mlp",
     "split",
     "weight_map",
 ]

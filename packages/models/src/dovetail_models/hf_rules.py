@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from dovetail_weights import Reshape, Rule, Stack, Transpose
 
-__all__ = ["OURS", "THEIRS", "decoder_rules", "expert_rules", "mlp_rules", "outer_rules"]
+__all__ = ["OURS", "THEIRS", "attention_rules", "decoder_rules", "expert_rules", "mlp_rules", "outer_rules"]
 
 OURS, THEIRS = "layers/{i}", "model.layers.{i}"
 
@@ -25,23 +25,33 @@ def decoder_rules(
 
     Args:
         config: sizes and options.
-        norm: of queries and keys, see `GroupedAttention`.
-        norms: their names for those of a `Block`.
+        norm: see `attention_rules`.
+        norms: see `outer_rules`.
     """
-    return [*outer_rules(norms), *_attention(config, norm), *mlp_rules()]
+    return [*outer_rules(norms), *attention_rules(config, norm=norm), *mlp_rules()]
 
 
 def outer_rules(norms: Mapping[str, str] = MappingProxyType(NORMS)) -> list[Rule]:
-    """Return the rules of embedding, norms and head alone."""
+    """Return the rules of embedding, norms and head alone.
+
+    Args:
+        norms: their names for those of a `Block`.
+    """
+    named = {"norm": "model.norm"} | {f"{OURS}/{ours}": f"{THEIRS}.{theirs}" for ours, theirs in norms.items()}
     return [
         Rule("embedding", "model.embed_tokens.weight"),
-        Rule("norm/weight", "model.norm.weight"),
         Rule("head", "lm_head.weight", (Transpose(),)),
-        *(Rule(f"{OURS}/{ours}/weight", f"{THEIRS}.{theirs}.weight") for ours, theirs in norms.items()),
+        *(Rule(f"{ours}/{part}", f"{theirs}.{part}") for ours, theirs in named.items() for part in ("weight", "bias")),
     ]
 
 
-def _attention(config: Any, norm: str) -> list[Rule]:
+def attention_rules(config: Any, *, norm: Literal["head", "all"] = "head") -> list[Rule]:
+    """Return the rules of a `GroupedAttention`.
+
+    Args:
+        config: sizes and options.
+        norm: of queries and keys, see `GroupedAttention`.
+    """
     d, e, h = config.features, config.dim, config.heads
     ours, theirs = f"{OURS}/attention", f"{THEIRS}.self_attn"
     rules = [

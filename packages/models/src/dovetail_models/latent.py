@@ -14,9 +14,9 @@ from dovetail_kernels import YarnScaling, einsum, rope
 from dovetail_models.decoder import Block
 from dovetail_models.hf_config import Fields
 from dovetail_models.hf_fields import ConfigError, field
-from dovetail_models.hf_rules import OURS, THEIRS, decoder_rules, expert_rules, mlp_rules
-from dovetail_models.layers import GatedMLP, Initializer, RMSNorm, Tables, parameter
-from dovetail_models.moe import Selection, SparseBlock, SparseConfig, sparse_mlp
+from dovetail_models.hf_rules import OURS, THEIRS, decoder_rules
+from dovetail_models.layers import Initializer, RMSNorm, Tables, parameter
+from dovetail_models.shared_experts import SharedExpertsConfig, shared_block, shared_rules
 from dovetail_protocols import LatentCache
 from dovetail_runtime import constrain
 from dovetail_weights import Reshape, Rule, Split, Transpose
@@ -27,10 +27,8 @@ NORM_EPS = 1e-6  # of the norms inside attention, whatever that of the others is
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class LatentConfig(SparseConfig):
-    """What families with latent attention share; see `SparseConfig` for the others.
-
-    `hidden` is the width of dense MLPs.
+class LatentConfig(SharedExpertsConfig):
+    """What families with latent attention share; see `SharedExpertsConfig` for the others.
 
     Attributes:
         query_rank: size of the latent that queries are made of; None for none.
@@ -38,12 +36,6 @@ class LatentConfig(SparseConfig):
         nope_dim: features of a query's and key's head that know no position.
         rope_dim: features that do, of which all heads share the key's.
         value_dim: features of a value's head.
-        expert_hidden: width of each expert.
-        shared_experts: how many experts every token goes to.
-        first_dense: so many layers have a dense MLP, the others experts.
-        routed_scale: factor of the weights of the chosen experts.
-        expert_groups: how many groups the experts are in.
-        kept_groups: how many of them a token chooses first.
         attention_bias: biases of the projections to latents and of the output.
     """
 
@@ -52,23 +44,16 @@ class LatentConfig(SparseConfig):
     nope_dim: int
     rope_dim: int
     value_dim: int
-    expert_hidden: int
-    shared_experts: int
-    first_dense: int
-    routed_scale: float = 1.0
-    expert_groups: int | None = None
-    kept_groups: int | None = None
     attention_bias: bool = False
 
     def __post_init__(self) -> None:
-        sizes = ("latent_dim", "nope_dim", "rope_dim", "value_dim", "expert_hidden", "shared_experts")
+        sizes = ("latent_dim", "nope_dim", "rope_dim", "value_dim")
         for name in (*sizes, *(["query_rank"] if self.query_rank is not None else [])):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
         if self.kv_heads not in (None, self.heads) or self.head_dim is not None:
             raise ValueError(f"kv_heads={self.kv_heads}, head_dim={self.head_dim}; latent attention has neither")
         super().__post_init__()
-        _check_groups(self)
 
     @property
     def dim(self) -> int:
@@ -81,24 +66,6 @@ class LatentConfig(SparseConfig):
         scaling = self.rope_scaling
         factor = scaling.logit_factor if isinstance(scaling, YarnScaling) else 1.0
         return (self.nope_dim + self.rope_dim) ** -0.5 * factor
-
-    @property
-    def select(self) -> Selection:
-        """See `SparseConfig.select`; the coefficient is that of alike used experts."""
-        balance = self.balance_coef if self.balanced else 0.0
-        return Selection(experts=self.experts, top_k=self.top_k, scale=self.routed_scale, balance=balance)
-
-
-def _check_groups(config: LatentConfig) -> None:
-    count, kept = config.expert_groups, config.kept_groups
-    if count is None and kept is None:
-        return
-    if count is None or kept is None or not 0 < kept <= count or config.experts % count:
-        raise ValueError(
-            f"expert_groups={count}, kept_groups={kept}; expected a divisor of {config.experts} experts, and 1 to that"
-        )
-    if config.top_k > kept * (config.experts // count):
-        raise ValueError(f"top_k={config.top_k}; expected at most the experts of {kept} groups")
 
 
 class LatentAttention(nnx.Module):
@@ -195,27 +162,12 @@ def latent_block(config: Any, index: int, *, interleaved: bool = True, mlp_bias:
         weights: see `Decoder.block`.
     """
     attention = LatentAttention(config, interleaved=interleaved, **weights)
-
-    def dense(hidden: int) -> GatedMLP:
-        return GatedMLP(config.features, hidden, bias=mlp_bias, **weights)
-
-    if index < config.first_dense:
-        return Block(config, attention, dense(config.hidden), dtype=weights["dtype"])
-    shared = dense(config.expert_hidden * config.shared_experts)
-    mlp = sparse_mlp(config, config.expert_hidden, shared=shared, **weights)
-    return SparseBlock(config, attention, mlp, dtype=weights["dtype"])
+    return shared_block(config, index, attention, mlp_bias=mlp_bias, **weights)
 
 
 def latent_rules(config: Any) -> list[Rule]:
     """Return the rules of a decoder of such layers."""
-    ours, theirs = f"{OURS}/mlp", f"{THEIRS}.mlp"
-    return [
-        *_attention(config),
-        *decoder_rules(config),
-        *expert_rules(config.experts),
-        *mlp_rules(f"{ours}/shared", f"{theirs}.shared_experts"),
-        Rule(f"{ours}/router/correction", f"{theirs}.gate.e_score_correction_bias"),
-    ]
+    return [*_attention(config), *decoder_rules(config), *shared_rules(config)]
 
 
 def _attention(config: Any) -> list[Rule]:
