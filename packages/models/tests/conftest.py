@@ -1,5 +1,6 @@
-"""Shapes and types of every annotated call are checked at run time; helpers that several files need."""
+"""Shapes and types of every annotated call are checked at run time; programs that run little are compiled quickly."""
 
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -7,6 +8,8 @@ from typing import Any
 
 import jaxtyping
 import pytest
+
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 with jaxtyping.install_import_hook(("dovetail_models", "dovetail_kernels"), "beartype.beartype"):
     import dovetail_models

@@ -1,9 +1,13 @@
-"""A small model of every family."""
+"""A small model of every family, and of every encoder."""
 
 from typing import Any
 
 from dovetail_kernels import LongRopeScaling, YarnScaling
 from dovetail_models import (
+    BertConfig,
+    BertForMaskedLM,
+    BertMaskedLMConfig,
+    BertModel,
     DeepseekV2,
     DeepseekV2Config,
     DeepseekV3,
@@ -38,8 +42,20 @@ from dovetail_models import (
     Qwen3MoeConfig,
     Qwen3Next,
     Qwen3NextConfig,
+    SiglipConfig,
+    SiglipModel,
+    SiglipTextConfig,
+    SiglipTextModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     SmolLM3,
     SmolLM3Config,
+    T5EncoderConfig,
+    T5EncoderModel,
+    ViTClassifierConfig,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTModel,
 )
 
 SIZES = {"vocab_size": 24, "features": 8, "hidden": 12, "layers": 2, "heads": 4, "kv_heads": 2, "init_std": 0.5}
@@ -111,4 +127,18 @@ MODELS: dict[str, tuple[Any, Any]] = {
             rotary_fraction=0.5,
         ),
     ),
+}
+
+LAYERS = {"features": 8, "hidden": 12, "layers": 2, "heads": 2, "init_std": 0.5}
+IMAGES = {"image_size": 4, "patch_size": 2}
+TEXT, VISION = SiglipTextConfig(**LAYERS, vocab_size=10), SiglipVisionConfig(**LAYERS, **IMAGES)
+ENCODERS: dict[str, tuple[Any, Any]] = {
+    "bert": (BertModel, BertConfig(**LAYERS, vocab_size=10)),
+    "masked_lm": (BertForMaskedLM, BertMaskedLMConfig(**LAYERS, vocab_size=10)),
+    "siglip": (SiglipModel, SiglipConfig(text=TEXT, vision=VISION)),
+    "siglip text": (SiglipTextModel, TEXT),
+    "siglip vision": (SiglipVisionModel, VISION),
+    "t5": (T5EncoderModel, T5EncoderConfig(**LAYERS, vocab_size=10)),
+    "vit": (ViTModel, ViTConfig(**LAYERS, **IMAGES)),
+    "classifier": (ViTForImageClassification, ViTClassifierConfig(**LAYERS, **IMAGES, labels=("cat", "dog"))),
 }

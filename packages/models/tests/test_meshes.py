@@ -1,4 +1,4 @@
-"""What a layer costs in collectives on a mesh."""
+"""What a layer costs in collectives on a mesh, and what stays as it is there."""
 
 import collections
 import re
@@ -9,10 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from model_toys import MODELS
+from model_toys import ENCODERS, MODELS
 
-from dovetail_models import Llama, LlamaConfig, abstract, placements, split
-from dovetail_runtime import CONTEXT, EXPERT, FSDP, SEQUENCE, TENSOR, batch_sharding, mesh, use
+from dovetail_models import Llama, LlamaConfig, abstract, merge, placements, split
+from dovetail_runtime import CONTEXT, EXPERT, FSDP, FSDP_TENSOR, SEQUENCE, TENSOR, batch_sharding, mesh, use
 
 
 def collectives(objective: Any, layers: int, grid: Any, rules: Any, *, gradients: bool) -> collections.Counter[str]:
@@ -86,6 +86,39 @@ def test_other_ways_to_split(name: str, sizes: Any, rules: Any, objective: Any) 
     np.testing.assert_allclose(got[0], loss, rtol=1e-5)
     largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients))
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(1, largest)), got[1], gradients)
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+def test_encoders(name: str, soak: bool) -> None:
+    """Data, FSDP and tensor parallelism at once leave what encoders give, and its gradients, as they are."""
+    if not soak and name not in ("bert", "siglip", "t5", "vit"):
+        pytest.skip("one encoder of each kind in the default run, all with the long counts")
+    kind, config = ENCODERS[name]
+    build = lambda: kind(config, rngs=nnx.Rngs(0))  # noqa: E731
+    definition, params = split(build())
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 10, (8, 6)).astype(np.int32)
+    pixels = rng.normal(size=(8, 4, 4, 3)).astype(np.float32)
+    inputs = {"siglip": (tokens, pixels)}.get(name, (pixels,) if hasattr(config, "image_size") else (tokens,))
+
+    @jax.jit
+    def run(params: Any, inputs: Any) -> Any:
+        def loss(params: Any) -> Any:
+            model = merge(definition, params)
+            whole = model(*inputs)
+            outputs = (whole, model.pooled(whole)) if hasattr(model, "pooled") else (whole,)
+            return sum(jnp.sum(jnp.sin(out)) for out in outputs), outputs
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (_, outputs), gradients = run(params, inputs)
+    grid = mesh(data=2, fsdp=2, tensor=2)
+    placed = jax.device_put(params, placements(nnx.eval_shape(build), grid, FSDP_TENSOR))
+    with use(grid, FSDP_TENSOR):
+        (_, got), found = run(placed, jax.device_put(inputs, batch_sharding(grid, FSDP_TENSOR)))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5), got, outputs)
+    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(1, largest)), found, gradients)
 
 
 def test_the_residual_stream_is_split_further(objective: Any) -> None:
