@@ -19,8 +19,8 @@ from dovetail_protocols import QuantizedArray
 __all__ = ["einsum", "take"]
 
 
-def einsum(spec: str, x: jax.Array, w: jax.Array | QuantizedArray) -> jax.Array:
-    """Contract activations with a weight; the result has the dtype of `x`.
+def einsum(spec: str, x: jax.Array, w: jax.Array | QuantizedArray, *, dtype: Any = None) -> jax.Array:
+    """Contract activations with a weight.
 
     The weight is cast to the activations' dtype, so that parameters may be stored in another one. Products of
     16-bit operands are accumulated in float32 by the backend.
@@ -30,6 +30,7 @@ def einsum(spec: str, x: jax.Array, w: jax.Array | QuantizedArray) -> jax.Array:
         x: activations.
         w: a weight, possibly quantized: then it is dequantized to the dtype of `x`, block by block where
             `quantized_matmul` can.
+        dtype: of the result; None for that of `x`. A wider one keeps what the sums have.
 
     Raises:
         ValueError: `spec` does not name two operands and a result, or the shapes do not fit it.
@@ -42,8 +43,8 @@ def einsum(spec: str, x: jax.Array, w: jax.Array | QuantizedArray) -> jax.Array:
         raise TypeError(f"x has dtype {x.dtype}; expected a float")
     _check(spec, x.shape, w.shape)
     if isinstance(w, QuantizedArray) and _is_matmul(spec, x, w):
-        return quantized_matmul(x, w)
-    return jnp.einsum(spec, x, _plain(w).astype(x.dtype))
+        return quantized_matmul(x, w).astype(x.dtype if dtype is None else dtype)
+    return jnp.einsum(spec, x, _plain(w).astype(x.dtype), preferred_element_type=dtype)
 
 
 def _is_matmul(spec: str, x: jax.Array, w: QuantizedArray) -> bool:

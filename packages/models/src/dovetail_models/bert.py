@@ -21,7 +21,7 @@ from dovetail_models.hf_encoder import (
     no_more_tokens,
     norm_rules,
 )
-from dovetail_models.layers import ACTIVATION_FUNCTIONS, parameter
+from dovetail_models.layers import ACTIVATION_FUNCTIONS, exact, logits_dtype, parameter
 from dovetail_runtime import constrain
 from dovetail_weights import Rule, WeightMap
 
@@ -133,14 +133,15 @@ class BertModel(nnx.Module):
 
 
 class BertForMaskedLM(nnx.Module):
-    """A BERT that predicts the token of each place; for the arguments see `BertModel`."""
+    """A BERT that predicts the token of each place; for the arguments see `BertModel`, for `output_dtype` `Decoder`."""
 
     def __init__(
-        self, config: BertMaskedLMConfig, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32, dtype: Any = None
-    ) -> None:
+        self, config: BertMaskedLMConfig, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32, dtype: Any = None,
+        output_dtype: Any = jnp.float32,
+    ) -> None:  # fmt: skip
         self.config, self.vocab_size = config, config.vocab_size
         self.encoder = BertModel(config, rngs=rngs, pooler=False, param_dtype=param_dtype, dtype=dtype)
-        self.dtype = self.encoder.dtype
+        self.dtype, self.output_dtype = self.encoder.dtype, logits_dtype(output_dtype)
         weights: dict[str, Any] = {"init": config.init, "dtype": param_dtype, "rngs": rngs}
         self.transform = Linear(config.features, config.features, ("embed", None), **weights)
         self.norm = config.norm(param_dtype)
@@ -158,10 +159,11 @@ class BertForMaskedLM(nnx.Module):
         return jax.tree.map(jnp.transpose, table), self.bias.get_value(), None
 
     def __call__(self, tokens: Int[Array, "batch time"], **options: Any) -> Float[Array, "batch time vocab"]:
-        """Return the logits in float32; options are those of `BertModel`."""
+        """Return the logits; options are those of `BertModel`."""
         weight, bias, _ = self.unembedding()
         hidden = self.hidden(tokens, **options)
-        logits = einsum("td,dv->tv", hidden.reshape(-1, hidden.shape[-1]), weight).astype(jnp.float32) + bias
+        logits = einsum("td,dv->tv", hidden.reshape(-1, hidden.shape[-1]), weight, dtype=exact(hidden))
+        logits = (logits + bias.astype(logits.dtype)).astype(self.output_dtype)
         return constrain(logits, "tokens", "vocab").reshape(*tokens.shape, -1)
 
     def example(self, time: int) -> tuple[Any, ...]:

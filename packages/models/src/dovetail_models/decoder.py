@@ -11,7 +11,17 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from dovetail_kernels import RopeScaling, einsum, take
-from dovetail_models.layers import GroupedAttention, Initializer, LayerNorm, RMSNorm, Rotary, Tables, parameter
+from dovetail_models.layers import (
+    GroupedAttention,
+    Initializer,
+    LayerNorm,
+    RMSNorm,
+    Rotary,
+    Tables,
+    exact,
+    logits_dtype,
+    parameter,
+)
 from dovetail_models.remat import Remat, remat_policy
 from dovetail_models.stack import Stack, run_layers
 from dovetail_protocols import Auxiliary, CacheSpec
@@ -199,11 +209,12 @@ class Decoder(nnx.Module):
         rngs: where the initial weights come from.
         param_dtype: dtype of the parameters.
         dtype: dtype of activations and products; None for `param_dtype`.
+        output_dtype: dtype of the logits that `unembed` returns; they are computed in float32 (float64 for float64).
         scan: layers that repeat each other are a `Stack`: compiled once, with stacked parameters.
         remat: what the backward pass keeps of each layer: a `Remat` or the name of one, see `POLICIES`; None for all.
 
     Raises:
-        ValueError: `scan` without layers that repeat, or an unknown `remat`.
+        ValueError: `scan` without layers that repeat, an unknown `remat`, or an `output_dtype` that is no float.
     """
 
     config: Any
@@ -215,12 +226,14 @@ class Decoder(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: Any = jnp.float32,
         dtype: Any = None,
+        output_dtype: Any = jnp.float32,
         scan: bool = False,
         remat: str | Remat | None = None,
     ) -> None:
         self.config, self.remat = config, remat_policy(remat)
         self.vocab_size = config.vocab_size
         self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
+        self.output_dtype = logits_dtype(output_dtype)
         shape = (config.vocab_size, config.features)
         self.embedding = parameter(rngs, shape, ("vocab", "embed"), config.init, param_dtype)
         weights = {"init": config.init, "out_init": config.out_init, "dtype": param_dtype, "rngs": rngs}
@@ -276,10 +289,11 @@ class Decoder(nnx.Module):
         return jax.tree.map(jnp.transpose, self.embedding.get_value()), None, self.config.logit_softcap
 
     def unembed(self, hidden: Float[Array, "tokens features"]) -> Float[Array, "tokens vocab"]:
-        """Return the logits in float32."""
+        """Return the logits, of the dtype that was asked for."""
         weight, _, cap = self.unembedding()
-        logits = einsum("td,dv->tv", hidden, weight).astype(jnp.float32)
-        return constrain(logits if cap is None else cap * jnp.tanh(logits / cap), "tokens", "vocab")
+        logits = einsum("td,dv->tv", hidden, weight, dtype=exact(hidden))
+        logits = logits if cap is None else cap * jnp.tanh(logits / cap)
+        return constrain(logits.astype(self.output_dtype), "tokens", "vocab")
 
     def cache_specs(self) -> tuple[CacheSpec, ...]:
         """Return what each layer's attention must remember."""

@@ -96,7 +96,7 @@ class EncoderConfig:
 
 
 class Linear(nnx.Module):
-    """``x weight + bias``, of axes that have the given logical names."""
+    """``x weight + bias``, of axes that have the given logical names, in the dtype of `x` or the one that is given."""
 
     def __init__(
         self, inputs: int, outputs: int, axes: tuple[str | None, str | None], *, init: Any, dtype: Any, rngs: nnx.Rngs
@@ -104,9 +104,9 @@ class Linear(nnx.Module):
         self.weight = parameter(rngs, (inputs, outputs), axes, init, dtype, 1)
         self.bias = parameter(rngs, (outputs,), axes[1:], nnx.initializers.zeros, dtype)
 
-    def __call__(self, x: Float[Array, "tokens inputs"]) -> Float[Array, "tokens outputs"]:
+    def __call__(self, x: Float[Array, "tokens inputs"], dtype: Any = None) -> Float[Array, "tokens outputs"]:
         """Transform each token."""
-        y = einsum("td,df->tf", x, self.weight.get_value())
+        y = einsum("td,df->tf", x, self.weight.get_value(), dtype=dtype)
         return y + self.bias.get_value().astype(y.dtype)
 
 

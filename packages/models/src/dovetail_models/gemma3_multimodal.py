@@ -132,6 +132,7 @@ class Gemma3Multimodal(nnx.Module):
         rngs: where the initial weights come from.
         param_dtype: dtype of the parameters.
         dtype: dtype of activations and products; None for `param_dtype`.
+        output_dtype: of the logits, see `Decoder`.
         scan: of the decoder, see `Decoder`.
         remat: likewise.
 
@@ -146,12 +147,13 @@ class Gemma3Multimodal(nnx.Module):
         rngs: nnx.Rngs,
         param_dtype: Any = jnp.float32,
         dtype: Any = None,
+        output_dtype: Any = jnp.float32,
         scan: bool = False,
         remat: str | Remat | None = None,
     ) -> None:
         self.config, self.vocab_size = config, config.text.vocab_size
         dtypes: dict[str, Any] = {"param_dtype": param_dtype, "dtype": dtype}
-        self.text = Gemma3(config.text, rngs=rngs, scan=scan, remat=remat, **dtypes)
+        self.text = Gemma3(config.text, rngs=rngs, output_dtype=output_dtype, scan=scan, remat=remat, **dtypes)
         self.vision = SiglipVisionModel(config.vision, rngs=rngs, **dtypes)
         self.projector = ImageProjector(config, init=config.text.init, dtype=param_dtype, rngs=rngs)
         self.dtype = self.text.dtype
@@ -218,7 +220,7 @@ class Gemma3Multimodal(nnx.Module):
         return weight, None, None
 
     def unembed(self, hidden: Float[Array, "tokens features"]) -> Float[Array, "tokens vocab"]:
-        """Return the logits in float32."""
+        """Return the logits, of the dtype that was asked for."""
         return self.text.unembed(hidden)
 
     def cache_specs(self) -> tuple[CacheSpec, ...]:

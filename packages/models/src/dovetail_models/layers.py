@@ -40,6 +40,8 @@ __all__ = [
     "RMSNorm",
     "Rotary",
     "Tables",
+    "exact",
+    "logits_dtype",
     "parameter",
 ]
 
@@ -55,6 +57,22 @@ ACTIVATION_FUNCTIONS = {
 }
 
 Initializer = Callable[[jax.Array, tuple[int, ...], Any], jax.Array]
+
+
+def exact(x: Any) -> Any:
+    """Return the dtype of logits, gates and routers of activations: float32, or float64 for float64."""
+    return jnp.dtype("float64" if x.dtype == jnp.dtype("float64") else "float32")
+
+
+def logits_dtype(dtype: Any) -> Any:
+    """Return the dtype of logits that was asked for.
+
+    Raises:
+        ValueError: it is no floating-point dtype.
+    """
+    if not jnp.issubdtype(dtype, jnp.floating):
+        raise ValueError(f"output_dtype={dtype}; expected a floating-point dtype")
+    return jnp.dtype(dtype)
 
 
 def parameter(
@@ -250,7 +268,7 @@ class GroupedAttention(nnx.Module):
             layer, query, key, value, scale=self.scale, window=self.window, softcap=self.softcap, sinks=sinks
         )
         if self.gated:
-            mixed = mixed * jax.nn.sigmoid(self._project("gate", x).astype(jnp.float32)).astype(mixed.dtype)
+            mixed = mixed * jax.nn.sigmoid(self._project("gate", x).astype(exact(x))).astype(mixed.dtype)
         mixed = checkpoint_name(constrain(mixed, "tokens", "heads", None), "attention")
         y = einsum("thk,hkd->td", mixed, self.out.get_value())
         return (y + self.out_bias.get_value().astype(y.dtype) if self.has_out_bias else y), mixer

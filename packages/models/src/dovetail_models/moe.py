@@ -29,7 +29,7 @@ from dovetail_kernels import (
     sort_by_expert,
 )
 from dovetail_models.decoder import Block, DecoderConfig
-from dovetail_models.layers import Initializer, parameter
+from dovetail_models.layers import Initializer, exact, parameter
 from dovetail_protocols import Auxiliary, QuantizedArray
 
 __all__ = [
@@ -125,7 +125,7 @@ def sparse_mlp(config: Any, hidden: int, *, shared: Any = None, **options: Any) 
 
 
 class Router(nnx.Module):
-    """Scores of experts, in float32 whatever the dtype of activations.
+    """Scores of experts, in float32 (float64 for float64) whatever the dtype of activations.
 
     Args:
         features: width of the residual stream.
@@ -147,7 +147,7 @@ class Router(nnx.Module):
     def __call__(self, x: Float[Array, "tokens features"]) -> Routing:
         """Return each token's experts and their weights."""
         select = self.select
-        logits = einsum("td,de->te", x.astype(jnp.float32), self.weight.get_value())
+        logits = einsum("td,de->te", x.astype(exact(x)), self.weight.get_value())
         return route(
             logits + self.bias.get_value().astype(logits.dtype) if select.bias else logits,
             select.top_k,

@@ -72,7 +72,8 @@ class Phi3(Decoder):
         100000
         """
         config = dataclasses.replace(self.config, length=length)
-        options: dict[str, Any] = {"dtype": self.dtype, "scan": isinstance(self.layers, Stack), "remat": self.remat}
+        options: dict[str, Any] = {"dtype": self.dtype, "output_dtype": self.output_dtype}
+        options |= {"scan": isinstance(self.layers, Stack), "remat": self.remat}
         definition, _ = abstract(lambda: Phi3(config, rngs=nnx.Rngs(0), **options))
         return merge(definition, split(self)[1])
 

@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float
 
@@ -17,7 +16,7 @@ from dovetail_models.family import Family
 from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_fields import ConfigError, field
 from dovetail_models.hf_rules import decoder_rules, expert_rules
-from dovetail_models.layers import GatedMLP, GroupedAttention, parameter
+from dovetail_models.layers import GatedMLP, GroupedAttention, exact, parameter
 from dovetail_models.moe import BALANCE, SparseBlock, sparse_mlp
 from dovetail_models.qwen3_moe import QwenSparseConfig, read_dense_layers
 from dovetail_weights import Reshape, Rule, Split, Transpose, WeightMap
@@ -80,7 +79,7 @@ class _SharedMLP(GatedMLP):
 
     def __call__(self, x: Float[Array, "tokens features"]) -> Float[Array, "tokens features"]:
         share = einsum("td,do->to", x, self.share.get_value())
-        return super().__call__(x) * jax.nn.sigmoid(share.astype(jnp.float32)).astype(x.dtype)
+        return super().__call__(x) * jax.nn.sigmoid(share.astype(exact(x))).astype(x.dtype)
 
 
 class Qwen3Next(Decoder):

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from dovetail_kernels import attention, einsum, take
 from dovetail_models.encoder import EncoderConfig, Linear, encode
 from dovetail_models.hf_encoder import no_more_tokens
-from dovetail_models.layers import MLP, PlainActivation, parameter
+from dovetail_models.layers import MLP, PlainActivation, exact, logits_dtype, parameter
 from dovetail_models.patches import ImageSizes, Patches
 
 __all__ = [
@@ -230,15 +230,16 @@ class SiglipTextModel(nnx.Module):
 
 
 class SiglipModel(nnx.Module):
-    """Images and texts in one space; for the arguments see `SiglipVisionModel`."""
+    """Images and texts in one space; for the arguments see `SiglipVisionModel`, for `output_dtype` `Decoder`."""
 
     def __init__(
-        self, config: SiglipConfig, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32, dtype: Any = None
-    ) -> None:
+        self, config: SiglipConfig, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32, dtype: Any = None,
+        output_dtype: Any = jnp.float32,
+    ) -> None:  # fmt: skip
         self.config = config
         self.text = SiglipTextModel(config.text, rngs=rngs, param_dtype=param_dtype, dtype=dtype)
         self.vision = SiglipVisionModel(config.vision, rngs=rngs, param_dtype=param_dtype, dtype=dtype)
-        self.dtype = self.text.dtype
+        self.dtype, self.output_dtype = self.text.dtype, logits_dtype(output_dtype)
         self.logit_scale = nnx.Param(jnp.full((), jnp.log(10.0), param_dtype), axes=())
         self.logit_bias = nnx.Param(jnp.full((), -10.0, param_dtype), axes=())
 
@@ -253,10 +254,11 @@ class SiglipModel(nnx.Module):
     def __call__(
         self, tokens: Int[Array, "texts time"], pixels: Float[Array, "images height width channels"]
     ) -> Float[Array, "texts images"]:
-        """Return the logits of every pair in float32; their transpose is what an image has for the texts."""
+        """Return the logits of every pair; their transpose is what an image has for the texts."""
         texts, images = self.embed_texts(tokens), self.embed_images(pixels)
-        similar = einsum("td,id->ti", texts, images).astype(jnp.float32)
-        return similar * jnp.exp(self.logit_scale.get_value()) + self.logit_bias.get_value()
+        similar = einsum("td,id->ti", texts, images, dtype=exact(texts))
+        scale, bias = (x.get_value().astype(similar.dtype) for x in (self.logit_scale, self.logit_bias))
+        return (similar * jnp.exp(scale) + bias).astype(self.output_dtype)
 
     def example(self, time: int) -> tuple[Any, ...]:
         """Return shapes of the arguments of a call on one text and one image."""
@@ -264,5 +266,5 @@ class SiglipModel(nnx.Module):
 
 
 def _unit(x: jax.Array) -> jax.Array:
-    wide = x.astype(jnp.float32)
+    wide = x.astype(exact(x))
     return (wide / jnp.linalg.norm(wide, axis=-1, keepdims=True)).astype(x.dtype)

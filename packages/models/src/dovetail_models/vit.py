@@ -20,7 +20,7 @@ from dovetail_models.hf_encoder import (
     norm_rules,
 )
 from dovetail_models.hf_fields import ConfigError, field
-from dovetail_models.layers import ACTIVATION_FUNCTIONS, PlainActivation, parameter
+from dovetail_models.layers import ACTIVATION_FUNCTIONS, PlainActivation, exact, logits_dtype, parameter
 from dovetail_models.patches import ImageSizes, Patches, patch_rules
 from dovetail_weights import Reshape, Rule, WeightMap
 
@@ -133,20 +133,22 @@ class ViTModel(nnx.Module):
 
 
 class ViTForImageClassification(nnx.Module):
-    """A ViT with a linear layer on its class token; for the arguments see `ViTModel`."""
+    """A ViT with a linear layer on its class token; for the arguments see `ViTModel`, for `output_dtype` `Decoder`."""
 
     def __init__(
-        self, config: ViTClassifierConfig, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32, dtype: Any = None
-    ) -> None:
+        self, config: ViTClassifierConfig, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32, dtype: Any = None,
+        output_dtype: Any = jnp.float32,
+    ) -> None:  # fmt: skip
         self.config = config
         self.encoder = ViTModel(config, rngs=rngs, pooler=False, param_dtype=param_dtype, dtype=dtype)
-        self.dtype = self.encoder.dtype
+        self.dtype, self.output_dtype = self.encoder.dtype, logits_dtype(output_dtype)
         weights: dict[str, Any] = {"init": config.init, "dtype": param_dtype, "rngs": rngs}
         self.classifier = Linear(config.features, len(config.labels), ("embed", None), **weights)
 
     def __call__(self, pixels: Float[Array, "batch height width channels"]) -> Float[Array, "batch labels"]:
-        """Return the logits in float32."""
-        return self.classifier(self.encoder(pixels)[:, 0]).astype(jnp.float32)
+        """Return the logits."""
+        first = self.encoder(pixels)[:, 0]
+        return self.classifier(first, exact(first)).astype(self.output_dtype)
 
     def example(self, time: int) -> tuple[Any, ...]:
         """Return shapes of the arguments of a call on one image."""
