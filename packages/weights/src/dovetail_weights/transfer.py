@@ -173,7 +173,9 @@ def _places(leaves: Mapping[str, Any], like: Any, shardings: Any) -> dict[str, A
 def _is_view(group: Group, given: Sequence[Lazy], kinds: Sequence[np.dtype[Any]]) -> bool:
     """Tell whether a group goes from the file to a device without an array in between that is as large as it."""
     moved = all(isinstance(transform, (Transpose, Reshape)) for transform in group.transforms)
-    return moved and all(x.dtype == kind or _widens(x.dtype, kind) for x, kind in zip(given, kinds, strict=True))
+    if not moved or len(given) != len(kinds):
+        return False
+    return all(x.dtype == kind or _widens(x.dtype, kind) for x, kind in zip(given, kinds, strict=True))
 
 
 def _widens(dtype: np.dtype[Any], target: np.dtype[Any]) -> bool:
