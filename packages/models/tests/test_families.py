@@ -4,7 +4,6 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,7 +19,6 @@ from dovetail_models import (
     Phi3,
     from_pretrained,
     merge,
-    placements,
     save_pretrained,
     split,
 )
@@ -29,7 +27,6 @@ from dovetail_models.family import family_of
 from dovetail_models.llama import FAMILY
 from dovetail_protocols import FullCache, LanguageModel, LatentCache, WindowCache, paths
 from dovetail_protocols.testing import check_language_model
-from dovetail_runtime import FSDP_TENSOR, batch_sharding, mesh, use
 
 ATTENTION, DENSE = ["layers/*/attention/{query,key,value,out}"], ["layers/*/mlp/{gate,up,down}"]
 SPARSE = ["layers/*/mlp/experts/{gate,up,down}", "layers/*/mlp/router/weight"]
@@ -72,26 +69,6 @@ def test_caches_follow_the_windows() -> None:
     build, config = MODELS["deepseek_v3"]
     assert build(config, rngs=nnx.Rngs(0)).cache_specs() == (LatentCache(6, 2),) * 2
     assert qwen2.cache_specs() == (FullCache(2, 2, 2), WindowCache(2, 2, 2, 2))
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_on_a_mesh(name: str, objective: Any, soak: bool) -> None:
-    """Data, FSDP and tensor parallelism at once leave loss and gradients as they are."""
-    if not soak and name not in ("gemma3", "gpt2", "gpt_oss", "mamba2"):
-        pytest.skip("one family of each kind in the default run, all with the long counts")
-    family, config = MODELS[name]
-    build = lambda: family(config, rngs=nnx.Rngs(0))  # noqa: E731
-    definition, params = split(build())
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (8, 12)).astype(np.int32)
-    run = jax.jit(jax.value_and_grad(objective(definition)))
-    loss, gradients = run(params, tokens)
-    grid = mesh(data=2, fsdp=2, tensor=2)
-    placed = jax.device_put(params, placements(nnx.eval_shape(build), grid, FSDP_TENSOR))
-    with use(grid, FSDP_TENSOR):
-        got = run(placed, jax.device_put(tokens, batch_sharding(grid, FSDP_TENSOR)))
-    np.testing.assert_allclose(got[0], loss, rtol=1e-5)
-    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(1, largest)), got[1], gradients)
 
 
 def test_auxiliary_values_of_layers_add_up(build: Any, small: Any) -> None:

@@ -58,6 +58,29 @@ def test_what_a_layer_communicates(sizes: Any, rules: Any, forward: Any, backwar
             assert per_layer == most
 
 
+def check_decoder(objective: Any, family: Any, config: Any, grid: Any, rules: Any) -> None:
+    """Check that loss and gradients are those of one device."""
+    build = lambda: family(config, rngs=nnx.Rngs(0))  # noqa: E731
+    definition, params = split(build())
+    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (8, 16)).astype(np.int32)
+    run = jax.jit(jax.value_and_grad(objective(definition)))
+    loss, gradients = run(params, tokens)
+    placed = jax.device_put(params, placements(nnx.eval_shape(build), grid, rules))
+    with use(grid, rules):
+        got = run(placed, jax.device_put(tokens, batch_sharding(grid, rules)))
+    np.testing.assert_allclose(got[0], loss, rtol=1e-5)
+    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(1, largest)), got[1], gradients)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_families(name: str, objective: Any, soak: bool) -> None:
+    """Data, FSDP and tensor parallelism at once leave loss and gradients as they are."""
+    if not soak and name not in ("gemma3", "gpt2", "gpt_oss", "mamba2"):
+        pytest.skip("one family of each kind in the default run, all with the long counts")
+    check_decoder(objective, *MODELS[name], mesh(data=2, fsdp=2, tensor=2), FSDP_TENSOR)
+
+
 @pytest.mark.parametrize(
     ("name", "sizes", "rules"),
     [
@@ -73,19 +96,7 @@ def test_what_a_layer_communicates(sizes: Any, rules: Any, forward: Any, backwar
 def test_other_ways_to_split(name: str, sizes: Any, rules: Any, objective: Any) -> None:
     """By sequence, within rows, or by experts: rules alone decide, and loss and gradients stay as they are."""
     config = LlamaConfig(vocab_size=24, features=16, hidden=24, layers=2, heads=4, kv_heads=2, init_std=0.3)
-    family, config = MODELS.get(name, (Llama, config))
-    build = lambda: family(config, rngs=nnx.Rngs(0))  # noqa: E731
-    definition, params = split(build())
-    tokens = np.random.default_rng(0).integers(0, config.vocab_size, (8, 16)).astype(np.int32)
-    run = jax.jit(jax.value_and_grad(objective(definition)))
-    loss, gradients = run(params, tokens)
-    grid = mesh(**sizes)
-    placed = jax.device_put(params, placements(nnx.eval_shape(build), grid, rules))
-    with use(grid, rules):
-        got = run(placed, jax.device_put(tokens, batch_sharding(grid, rules)))
-    np.testing.assert_allclose(got[0], loss, rtol=1e-5)
-    largest = max(float(jnp.abs(g).max()) for g in jax.tree.leaves(gradients))
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(1, largest)), got[1], gradients)
+    check_decoder(objective, *MODELS.get(name, (Llama, config)), mesh(**sizes), rules)
 
 
 @pytest.mark.parametrize("name", ENCODERS)

@@ -46,6 +46,7 @@ FAMILIES = {
 
 
 Spelling = tuple[tuple[str, str], ...]
+"""Templates of names and what checkpoints have in their place, see `dovetail_weights.WeightMap.spelled`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,8 +58,8 @@ class Family:
         config_map: its configuration and ``config.json``.
         weight_map: of a configuration: its parameters and the checkpoint's tensors.
         ignored: tensors that checkpoints may have and the model does not need, as globs.
-        spellings: other ways in which checkpoints spell the tensors' names, see `dovetail_weights.WeightMap.spelled`;
-            the one of which most is there is read, and none of it may be missing.
+        spellings: other ways in which checkpoints spell the tensors' names; the one of which most is there is read, and
+            none of it may be missing.
         held: of a configuration and the names of a checkpoint's tensors: the configuration of what is there, where
             checkpoints may leave out parts of the model.
         stacks: of a configuration: addresses of lists of layers that may be a `Stack`, and how many each has.
