@@ -133,9 +133,13 @@ def tests(session: nox.Session, package: str) -> None:
         install_lowest(session, package)
     else:
         sync(session, "--package", distribution(package), "--all-extras", "--group=test")
+    session.run("pytest", f"packages/{package}", *workers(package), *session.posargs)
+
+
+def workers(package: str) -> list[str]:
+    """One pytest process per core for packages that ask for pytest-xdist."""
     tools = project(package)["dependency-groups"]["test"]
-    workers = ["--numprocesses=auto"] if any(line.startswith("pytest-xdist") for line in tools) else []
-    session.run("pytest", f"packages/{package}", *workers, *session.posargs)
+    return ["--numprocesses=auto"] if any(line.startswith("pytest-xdist") for line in tools) else []
 
 
 @nox.session(python=NEWEST, reuse_venv=False)
@@ -229,7 +233,7 @@ def soak(session: nox.Session) -> None:
     sync_all(session, "dev")
     session.env["DOVETAIL_SOAK"] = "1"
     for package in session.posargs or PACKAGES:
-        session.run("pytest", f"packages/{package}/tests", "--timeout=3600")
+        session.run("pytest", f"packages/{package}/tests", *workers(package), "--timeout=3600")
     if not session.posargs:
         session.run("pytest", "integration/tests", "-m", "not browser", "--timeout=3600")
 

@@ -154,14 +154,15 @@ class Score:
 
 
 @contextlib.contextmanager
-def _workers(path: str, pair: Sequence[Contestant], options: Options) -> Iterator[list[Worker]]:
+def _workers(path: str, pair: Sequence[Contestant], options: Options, first: int) -> Iterator[list[Worker]]:
+    """The processes of a pair, in its order; the one at `first` is started before the other."""
     workers: list[Worker] = []
     try:
-        for contestant in pair:
+        for contestant in (pair[first], pair[1 - first]):
             python = ENVIRONMENTS[contestant.environment]()
             command = [python, str(HERE / "worker.py"), path, contestant.system]
             workers.append(Worker(contestant.system, command, options.threads, options.timeout))
-        yield workers
+        yield workers[:: -1 if first else 1]
     finally:
         for worker in workers:
             worker.close()
@@ -173,18 +174,22 @@ def measure(path: str, benchmark: Benchmark, case: Case, options: Options) -> li
     Raises:
         BenchmarkError: a worker died or hung, or the checksums differ.
     """
-    with _workers(path, case.pair or (benchmark.ours, benchmark.peer), options) as workers:
-        scores = [Score(worker.ask(do="prepare", config=case.config)["name"]) for worker in workers]
-        for turn in range(options.turns + 1):
-            answers = [worker.ask(do="run", n=case.inner) for worker in workers]
-            text = case.disagreement(answers[0]["checksum"], answers[1]["checksum"])
-            if text is not None:
-                raise BenchmarkError(f"{scores[0].name} and {scores[1].name} disagree in turn {turn}: {text}")
-            for score, answer in zip(scores, answers, strict=True):
-                if turn:  # the first turn warms up
-                    score.seconds.append(answer["seconds"] / case.inner)
-                score.memory, score.extra = answer["memory"], answer["extra"]
-        return scores
+    pair = case.pair or (benchmark.ours, benchmark.peer)
+    scores = [Score(contestant.system) for contestant in pair]
+    for start in range(case.starts):
+        with _workers(path, pair, options, start % 2) as workers:
+            for score, worker in zip(scores, workers, strict=True):
+                score.name = worker.ask(do="prepare", config=case.config)["name"]
+            for turn in range(options.turns + 1):
+                answers = [worker.ask(do="run", n=case.inner) for worker in workers]
+                text = case.disagreement(answers[0]["checksum"], answers[1]["checksum"])
+                if text is not None:
+                    raise BenchmarkError(f"{scores[0].name} and {scores[1].name} disagree in turn {turn}: {text}")
+                for score, answer in zip(scores, answers, strict=True):
+                    if turn:  # the first turn warms up
+                        score.seconds.append(answer["seconds"] / case.inner)
+                    score.memory, score.extra = answer["memory"], answer["extra"]
+    return scores
 
 
 def result(benchmark: Benchmark, case: Case, scores: Sequence[Score]) -> dict[str, Any]:

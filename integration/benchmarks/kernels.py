@@ -101,8 +101,8 @@ def cases(rng: random.Random | None) -> list[Case]:
                 sizes = " ".join(f"{key}{value}" for key, value in config.items())
                 text = f"{name} {shape.name}: {sizes}"
                 full = {"module": name, **config}
-                pair = PAIRS[shape.peer]
-                found.append(Case(text, full, tolerance=shape.tolerance, inner=shape.inner, pair=pair))
+                how = {"tolerance": shape.tolerance, "inner": shape.inner, "starts": shape.starts}
+                found.append(Case(text, full, pair=PAIRS[shape.peer], **how))
     return found
 
 

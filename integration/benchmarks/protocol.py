@@ -38,6 +38,8 @@ class Case:
         unit: of the result; milliseconds of one iteration unless `work` is given.
         work: how much one iteration does, in the numerator of `unit` (tokens, for ``tokens/s``).
         inner: iterations of one turn; each turn gives one time, and the result is the median of the turns.
+        starts: pairs of processes, one pair after the other, whose turns are pooled. More than one where the pages that
+            a process happens to get decide more than its program.
         pair: ours and the peer, where they are not those of the benchmark.
         agreement: tells how two checksums (ours, the peer's) differ, or None; in place of `tolerance`.
     """
@@ -48,6 +50,7 @@ class Case:
     unit: str = "ms"
     work: float | None = None
     inner: int = 1
+    starts: int = 1
     pair: tuple[Contestant, Contestant] | None = None
     agreement: Callable[[Any, Any], str | None] | None = None
 

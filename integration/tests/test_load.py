@@ -63,11 +63,12 @@ class Handler(BaseHTTPRequestHandler):
                 time.sleep(pause)
                 data = text.encode()
                 self.wfile.write(b"%x\r\n%s\r\n" % (len(data), data) if chunked else data)
+        with cls.lock:
+            cls.running -= 1  # before the client knows that this is all: then it sends the next one
+        with contextlib.suppress(BrokenPipeError):
             if self.mode != "cut" and chunked:
                 self.wfile.write(b"0\r\n\r\n")
         self.close_connection = True
-        with cls.lock:
-            cls.running -= 1
 
     def pieces(self, request):
         if self.status != 200:

@@ -28,6 +28,7 @@ class Shape(NamedTuple):
         vary: sizes to draw neighbours of, with the number that they stay a multiple of.
         peer: "jax" or "tokamax".
         inner: calls per turn, so that a turn takes about 0.2 s.
+        starts: pairs of processes to pool.
         tolerance: of the results, relative to the largest projection.
     """
 
@@ -36,6 +37,7 @@ class Shape(NamedTuple):
     vary: Mapping[str, int]
     peer: str = "jax"
     inner: int = 1
+    starts: int = 1
     tolerance: float = 1e-3
 
 
