@@ -1,9 +1,6 @@
 """Between a directory of safetensors and a model's tree, one tensor at a time."""
 
-import concurrent.futures
-import contextlib
 import pathlib
-import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,17 +9,14 @@ import numpy as np
 
 from dovetail_protocols import paths
 from dovetail_weights import dtypes
+from dovetail_weights.copying import copied
 from dovetail_weights.errors import WeightsError, listing, nearest
 from dovetail_weights.lazy import Lazy
 from dovetail_weights.maps import Group, WeightMap
 from dovetail_weights.reading import Directory, open_directory
-from dovetail_weights.transforms import Reshape, Transpose
 from dovetail_weights.writing import write_directory
 
 __all__ = ["check", "load", "save"]
-
-ALIGNMENT = 64
-THREADS = 2
 
 
 def check(
@@ -51,9 +45,8 @@ def load(
 ) -> Any:
     """Return a tree like `like` with the values of a checkpoint.
 
-    All names and shapes are checked before the first tensor is read. Tensors are read a few at a time (one at a time
-    where that takes memory besides), each device's part alone where the leaf is sharded over several, and cast to the
-    leaf's dtype (floats to floats only).
+    All names and shapes are checked before the first tensor is read. Tensors are read one after the other, each
+    device's part alone where the leaf is sharded over several, and cast to the leaf's dtype (floats to floats only).
 
     Args:
         directory: a directory or file, or what `open_directory` returned.
@@ -79,22 +72,15 @@ def load(
     groups = weight_map.groups(leaves)
     _check(source, groups, targets, ignore)
     places = _places(leaves, like, shardings)
-    alone = threading.Lock()
-
-    def placed(group: Group) -> list[jax.Array]:
-        given = [source[name] for name in group.names]
-        kinds = [targets[address].dtype for address in group.addresses]
-        with contextlib.nullcontext() if _is_view(group, given, kinds) else alone:
-            parts = zip(group.to_ours(given), kinds, group.addresses, strict=True)
-            return [_place(part, kind, places[address]) for part, kind, address in parts]
-
-    with concurrent.futures.ThreadPoolExecutor(THREADS) as pool:
-        arrays = pool.map(placed, groups)
-        loaded = {
-            a: x
-            for group, found in zip(groups, arrays, strict=True)
-            for a, x in zip(group.addresses, found, strict=True)
-        }
+    loaded: dict[str, jax.Array] = {}
+    before: list[jax.Array] = []
+    for group in groups:
+        parts = group.to_ours([source[name] for name in group.names])
+        arrays = [_place(part, targets[a].dtype, places[a]) for part, a in zip(parts, group.addresses, strict=True)]
+        jax.block_until_ready(before)  # then its memory on the host is free
+        loaded |= zip(group.addresses, arrays, strict=True)
+        before = arrays
+    jax.block_until_ready(before)
     return jax.tree.unflatten(jax.tree.structure(like), [loaded[address] for address in leaves])
 
 
@@ -170,45 +156,26 @@ def _places(leaves: Mapping[str, Any], like: Any, shardings: Any) -> dict[str, A
     return dict(zip(leaves, given, strict=True))
 
 
-def _is_view(group: Group, given: Sequence[Lazy], kinds: Sequence[np.dtype[Any]]) -> bool:
-    """Tell whether a group goes from the file to a device without an array in between that is as large as it."""
-    moved = all(isinstance(transform, (Transpose, Reshape)) for transform in group.transforms)
-    if not moved or len(given) != len(kinds):
-        return False
-    return all(x.dtype == kind or _widens(x.dtype, kind) for x, kind in zip(given, kinds, strict=True))
-
-
-def _widens(dtype: np.dtype[Any], target: np.dtype[Any]) -> bool:
-    """Tell whether the devices are to widen numbers, of 16 bits, which they do faster than NumPy and as exactly."""
-    return dtype.itemsize == 2 < target.itemsize and dtypes.is_float(dtype) and dtypes.is_float(target)
-
-
 def _place(part: Lazy, dtype: np.dtype[Any], sharding: Any) -> jax.Array:
-    """Bring a lazy array to the devices and wait, so that its memory on the host is free before the next."""
-    widens = _widens(part.dtype, dtype)
+    """Bring a lazy array to the devices. CPUs take over the copy that is made here; others widen 16 bits themselves."""
+    on_cpu = (jax.default_backend() if sharding is None else next(iter(sharding.device_set)).platform) == "cpu"
+    kind = part.dtype if not on_cpu and _widens(part.dtype, dtype) else dtype
 
     def values(index: Any) -> np.ndarray[Any, Any]:
         value = part.read(index)
-        if value.dtype != dtype and not widens:
-            return value.astype(dtype)  # in the order of its axes, which jax permutes faster than NumPy
-        if value.flags.writeable or not value.flags.c_contiguous:
-            return value
-        return _copied(value)  # jax would use the view of the file itself, which must not outlive it
+        own = value.flags.writeable or not on_cpu  # or it is a view of the file itself, which must not outlive it
+        return value if value.dtype == kind and value.flags.c_contiguous and own else copied(value, kind)
 
     if sharding is None or len(sharding.device_set) == 1:
         array = jax.device_put(values(()), sharding)
     else:
         array = jax.make_array_from_callback(part.shape, sharding, values)
-    return jax.block_until_ready(array.astype(dtype) if widens else array)
+    return array if array.dtype == dtype else array.astype(dtype)
 
 
-def _copied(value: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-    """Return a copy at an address that jax takes over on CPUs; any other it would copy once more."""
-    memory = np.empty(value.nbytes + ALIGNMENT, np.uint8)
-    start = -memory.ctypes.data % ALIGNMENT
-    copy = memory[start : start + value.nbytes].view(value.dtype).reshape(value.shape)
-    copy[...] = value
-    return copy
+def _widens(dtype: np.dtype[Any], target: np.dtype[Any]) -> bool:
+    """Tell whether numbers of 16 bits become wider, so that they travel narrow."""
+    return dtype.itemsize == 2 < target.itemsize and dtypes.is_float(dtype) and dtypes.is_float(target)
 
 
 def _lazy_leaf(address: str, leaf: Any, dtype: Any) -> Lazy:

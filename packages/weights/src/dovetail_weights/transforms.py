@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from dovetail_weights.copying import assign, blank
 from dovetail_weights.errors import WeightsError
 from dovetail_weights.lazy import Index, Lazy, full
 
@@ -167,11 +168,10 @@ class Stack:
 
         def read(index: Index) -> Array:
             chosen, inner = arrays[index[self.axis]], index[: self.axis] + index[self.axis + 1 :]
-            out = np.empty([part.stop - part.start for part in index], dtype)
+            out = blank([part.stop - part.start for part in index], dtype)
             for i, array in enumerate(chosen):
-                out[_inserted((slice(None),) * len(inner), self.axis, slice(i, i + 1))] = np.expand_dims(
-                    array.read(inner), self.axis
-                )
+                at = _inserted((slice(None),) * len(inner), self.axis, slice(i, i + 1))
+                assign(out[at], np.expand_dims(array.read(inner), self.axis))
             return out
 
         return Lazy((*shape[: self.axis], self.count, *shape[self.axis :]), dtype, read)
@@ -226,13 +226,13 @@ class Concat:
 
         def read(index: Index) -> Array:
             wanted = index[self.axis]
-            out = np.empty([part.stop - part.start for part in index], dtype)
+            out = blank([part.stop - part.start for part in index], dtype)
             for array, start, stop in zip(arrays, starts, starts[1:], strict=False):
                 low, high = max(start, wanted.start), min(stop, wanted.stop)
                 if low < high:
                     there = slice(low - wanted.start, high - wanted.start)
                     at = _replaced((slice(None),) * len(index), self.axis, there)
-                    out[at] = array.read(_replaced(index, self.axis, slice(low - start, high - start)))
+                    assign(out[at], array.read(_replaced(index, self.axis, slice(low - start, high - start))))
             return out
 
         return [Lazy(tuple(shape), dtype, read)]

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from dovetail_weights.copying import copied
 from dovetail_weights.errors import WeightsError
 from dovetail_weights.header import encode_header
 from dovetail_weights.lazy import Lazy, lazy_of
@@ -125,7 +126,7 @@ def _bytes_of(name: str, lazy: Lazy) -> memoryview:
         )
     if value.dtype.byteorder == ">":
         value = value.astype(value.dtype.newbyteorder("<"))
-    raw: Any = np.ascontiguousarray(value).reshape(-1).view(np.uint8)
+    raw: Any = (value if value.flags.c_contiguous else copied(value)).reshape(-1).view(np.uint8)
     return memoryview(raw)
 
 
