@@ -257,10 +257,10 @@ def oracle(session: nox.Session, name: str) -> None:
         lines = [line for package in PACKAGES for line in requirements(package)]
         ours = sorted({line for line in lines if re.match(r"[\w-]+", line)[0] not in known})
         session.install("-q", *(ROOT / f"integration/oracles/{name}/requirements.txt").read_text().split())
-        session.install("-q", *ours, "pytest", "pytest-timeout", "hypothesis", "sybil")
+        session.install("-q", *ours, "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "sybil")
         session.install("-q", "--no-deps", *(f"-epackages/{package}" for package in PACKAGES))
         done(session, recipe)
-    session.run("python", "-m", "pytest", f"integration/oracles/{name}", *session.posargs)
+    session.run("python", "-m", "pytest", f"integration/oracles/{name}", "--numprocesses=auto", *session.posargs)
 
 
 @nox.session(python=NEWEST)

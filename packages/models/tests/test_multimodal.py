@@ -144,6 +144,9 @@ def test_there_and_back(name: str, golden: Path, tmp_path: Path) -> None:
     assert found.parameters == sum(math.prod(tensor.shape) for tensor in before.values())
     assert found.forward.matmul_flops > 0
     assert not found.forward.uncounted
+    vision = describe(model.config.vision, time=model.config.vision.max_position).forward.matmul_flops
+    projector = 2 * model.config.tokens_per_image * model.config.vision.features * model.config.text.features
+    assert found.image.matmul_flops == vision + projector
 
 
 def test_golden_cases_are_what_they_are_for(golden: Path) -> None:
@@ -327,7 +330,7 @@ def test_commands(golden: Path, capsys: pytest.CaptureFixture[str]) -> None:
     Describe(str(golden / "gemma3_images"), time=8).run()
     out = capsys.readouterr().out
     assert "Gemma3MultimodalConfig" in out
-    for group in ("text/layers/*/attention ", "vision/layers/*/mlp ", "projector "):
+    for group in ("text/layers/*/attention ", "vision/layers/*/mlp ", "projector ", "an image: "):
         assert group in out
 
 

@@ -38,9 +38,10 @@ class Description:
         config: sizes and options.
         groups: the parameters by address, layers taken together: ``layers/*/attention``.
         time: tokens of the row that `forward` is counted for.
-        forward: of one row, logits included; see `dovetail_profile.cost`.
+        forward: of one row of text, logits included; see `dovetail_profile.cost`.
         cache_bytes_per_token: what the caches of all layers grow by with every token of a row.
         cache_bytes_at_most: what the others, of windows and recurrent states, need per row however long it is.
+        image: of an image on its way into a text, besides; None where there are none.
     """
 
     config: Any
@@ -49,6 +50,7 @@ class Description:
     forward: "Cost"
     cache_bytes_per_token: int
     cache_bytes_at_most: int
+    image: "Cost | None" = None
 
     @property
     def parameters(self) -> int:
@@ -70,6 +72,8 @@ class Description:
         width = max(map(len, self.groups))
         rows = [f"  {name:<{width}}  {g.parameters:>16,}  {size(g.bytes):>9}" for name, g in self.groups.items()]
         fields = [f"  {f.name}: {getattr(self.config, f.name)}" for f in dataclasses.fields(self.config)]
+        image = self.image
+        images = [f"an image: {image.flops:.4g} flops; {size(image.io_bytes)} in and out"] if image else []
         return "\n".join(
             [
                 type(self.config).__name__,
@@ -78,6 +82,7 @@ class Description:
                 *rows,
                 f"forward of a row of {self.time} tokens: {self.forward.flops:.4g} flops, "
                 f"{self.flops_per_token:.4g} per token; {size(self.forward.io_bytes)} in and out",
+                *images,
                 f"cache: {size(self.cache_bytes_per_token)} per token, and at most {size(self.cache_bytes_at_most)} "
                 "per row for windows and states",
             ]
@@ -112,7 +117,8 @@ def describe(model: Any, *, time: int | None = None, param_dtype: Any = jnp.floa
     module: Any = model if isinstance(model, nnx.Module) else _abstract(config, param_dtype)
     specs = module.cache_specs() if hasattr(module, "cache_specs") else ()
     growing, fixed = (sum(_bytes(spec, module.dtype.itemsize, one) for spec in specs) for one in (True, False))
-    return Description(config, _groups(split(module)[1]), length, _forward(module, length), growing, fixed)
+    image = _image(module) if hasattr(module, "embed_images") else None
+    return Description(config, _groups(split(module)[1]), length, _forward(module, length), growing, fixed, image)
 
 
 def _abstract(config: Any, param_dtype: Any) -> Any:
@@ -132,11 +138,24 @@ def _groups(params: Any) -> dict[str, ParameterGroup]:
     return found
 
 
+def _abstracted(model: Any) -> tuple[Any, Any]:
+    """Return a model's definition and the shapes of its parameters."""
+    definition, params = split(model)
+    return definition, jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+
+
+def _image(model: Any) -> "Cost":
+    from dovetail_profile import cost
+
+    definition, shapes = _abstracted(model)
+    pixels = model.vision.patches.example()
+    return cost(lambda params, pixels: merge(definition, params).embed_images(pixels), shapes, pixels)
+
+
 def _forward(model: Any, time: int) -> "Cost":
     from dovetail_profile import cost
 
-    definition, params = split(model)
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    definition, shapes = _abstracted(model)
     if not hasattr(model, "cache_specs"):
         return cost(lambda params, *inputs: merge(definition, params)(*inputs), shapes, *model.example(time))
 
