@@ -13,6 +13,7 @@ os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_opti
 with jaxtyping.install_import_hook(("dovetail_engine", "dovetail_kernels"), "beartype.beartype"):
     import dovetail_engine
 
+import jax
 from engine_toys import Letters, tiny
 
 from dovetail_engine.programs import Programs
@@ -41,7 +42,8 @@ def make_engine(compiled, monkeypatch):
     made, compile_all = [], Runner._compile
 
     def reuse(runner, build, params):
-        recipe = (build, runner.sizes, runner._dtype)
+        layouts = tuple(x.format.layout for x in jax.tree.leaves(params))
+        recipe = (build, runner.sizes, runner._dtype, layouts)
         table = compiled.pop(recipe, None) or compile_all(runner, build, params).table
         compiled[recipe] = table
         for old in list(compiled)[:-KEPT]:

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from engine_toys import VOCAB, Letters, check_greedy, tiny
+from jax.experimental.layout import Format, Layout
 
 from dovetail_engine import Engine
 from dovetail_protocols import Delta, Request, SamplingParams
@@ -89,6 +90,25 @@ def test_new_parameters_change_the_tokens(make_engine):
     done = engine.generate([ask()])[0]
     assert check_greedy((1, 2, 3), done, build, params) == 12
     assert set(done.versions) == {5}
+
+
+def test_parameters_with_another_order_of_axes(make_engine):
+    """Weights that are mapped from a file have its layout, for which programs are compiled and others are changed."""
+    build, params = copies()
+    turned = jax.tree.map(lambda x: jax.device_put(x, transposed(x)), params)
+    engine = make_engine(build, turned)
+    done = engine.generate([ask()])[0]
+    assert check_greedy((1, 2, 3), done, build, params) == 12
+    with pytest.raises(ValueError, match=r"order of axes \(0, 1\); expected \(1, 0\).*copy=True changes it"):
+        engine.update_params(params, 1, copy=False)
+    engine.update_params(params, 1, copy=True)
+    assert engine.generate([ask()])[0].token_ids == done.token_ids
+    engine.update_params(turned, 2, copy=False)
+    assert engine.generate([ask()])[0].token_ids == done.token_ids
+
+
+def transposed(x):
+    return Format(Layout(tuple(reversed(range(x.ndim)))), x.sharding)
 
 
 def test_other_parameters_are_refused_by_name(make_engine):
@@ -242,6 +262,7 @@ SCRIPT = """
 import functools
 from dovetail_engine import Engine, EngineOptions
 from dovetail_protocols import Request, SamplingParams
+from jax.experimental.layout import Format, Layout
 from engine_toys import tiny
 engine = Engine(*tiny(), options=EngineOptions(max_running=1, max_length=2000, chunk_tokens=16, decode_steps=16))
 stream = engine.submit(Request(prompt=[1], sampling=SamplingParams(max_tokens=1900)))

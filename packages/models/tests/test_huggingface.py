@@ -78,6 +78,14 @@ def test_dtypes_on_the_way_in(saved: Path, logits: Any) -> None:
     assert np.isfinite(logits(mixed, jnp.zeros((1, 3), jnp.int32))).all()
 
 
+def test_mapped(saved: Path, logits: Any) -> None:
+    """Weights that stay in the file give other logits, or are copied all the same."""
+    tokens = jnp.asarray([[3, 1, 4, 1, 5]], jnp.int32)
+    plain, mapped = (from_pretrained(saved, mapped=where) for where in (False, True))
+    np.testing.assert_allclose(logits(mapped, tokens), logits(plain, tokens), atol=1e-5)
+    assert mapped.layers[0].mlp.up.get_value().format.layout.major_to_minor == (1, 0)
+
+
 def test_old_buffers_and_tied_heads_are_ignored(build: Any, small: Any, tmp_path: Path) -> None:
     """Checkpoints of old transformers hold rotary buffers, and tied ones a second copy of the embedding."""
     out = save_pretrained(build(dataclasses.replace(small, tied=True)), tmp_path / "model")

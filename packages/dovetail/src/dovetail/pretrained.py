@@ -52,14 +52,20 @@ class Pretrained:
     length: int
 
     @classmethod
-    def open(cls, path: Path) -> "Pretrained":
+    def open(cls, path: Path, *, mapped: bool = False) -> "Pretrained":
         """Open a Hugging Face directory, a run's directory (its newest step), its ``checkpoints``, or one step of them.
 
+        Args:
+            path: the directory.
+            mapped: leave tensors in the files, see `dovetail_models.from_pretrained`.
+
         Raises:
-            CommandError: there is no model.
+            CommandError: there is no model, or a checkpoint is to be mapped.
         """
         if (path / "config.json").exists():
-            return cls._exported(path)
+            return cls._exported(path, mapped)
+        if mapped:
+            raise CommandError(f"{path} holds no config.json; expected a Hugging Face directory, or no --mapped")
         here = path.absolute()
         if (here / RECORD).exists():
             return cls._checkpoint(here, None)
@@ -74,8 +80,8 @@ class Pretrained:
         )
 
     @classmethod
-    def _exported(cls, path: Path) -> "Pretrained":
-        model = dovetail_models.from_pretrained(path)
+    def _exported(cls, path: Path, mapped: bool) -> "Pretrained":
+        model = dovetail_models.from_pretrained(path, mapped=mapped)
         tokenizer = dovetail_text.Tokenizer.from_pretrained(path)
         name = path.absolute().name
         return cls(name, *dovetail_models.split(model), tokenizer, model.config.max_position)

@@ -138,6 +138,9 @@ class Serve:
     """Requests that wait or run; further ones are told to come back later."""
     drain_seconds: float = 30.0
     """How long a server that was told to stop goes on with what it has accepted."""
+    mapped: bool = False
+    """On a CPU, leave float32 weights in the files of a Hugging Face directory that Dovetail wrote (``dovetail models
+    convert``): nothing is copied, and servers of one model share memory."""
     cache: Path | None = dataclasses.field(default_factory=cache_directory)
     """Where compiled programs are kept for the next start."""
 
@@ -151,7 +154,7 @@ class Serve:
         with user_errors():
             from dovetail.pretrained import Pretrained
 
-            model = Pretrained.open(self.model)
+            model = Pretrained.open(self.model, mapped=self.mapped)
             name = self.name or model.name
             options = dovetail_serve.ServeOptions(
                 max_queue=self.max_queue,

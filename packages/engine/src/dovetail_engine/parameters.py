@@ -24,7 +24,7 @@ class Parameters:
     def __init__(self, params: Any) -> None:
         self._form, self._structure = _form(params), jax.tree.structure(params)
         self._params = params
-        self._places = jax.tree.map(lambda leaf: leaf.sharding, params)
+        self._places = jax.tree.map(lambda leaf: leaf.format, params)
         self.version = 0
 
     def borrow(self) -> Any:
@@ -49,12 +49,18 @@ class Parameters:
                 "training step, say); call update_params with the present ones"
             )
 
-    def _same_devices(self, params: Any) -> None:
+    def _check_places(self, params: Any) -> None:
         for leaf, place in zip(jax.tree.leaves(params), jax.tree.leaves(self._places), strict=True):
-            if not leaf.sharding.is_equivalent_to(place, leaf.ndim):
+            if not leaf.sharding.is_equivalent_to(place.sharding, leaf.ndim):
                 raise ValueError(
-                    f"borrowed parameters are on the devices {_devices(leaf.sharding)}; expected {_devices(place)}, "
-                    "placed as the engine was compiled for (copy=True moves them)"
+                    f"borrowed parameters are on the devices {_devices(leaf.sharding)}; expected "
+                    f"{_devices(place.sharding)}, placed as the engine was compiled for (copy=True moves them)"
+                )
+            if leaf.format.layout != place.layout:
+                raise ValueError(
+                    f"borrowed parameters have the order of axes {leaf.format.layout.major_to_minor}; expected "
+                    f"{place.layout.major_to_minor}, that of the mapped files that the engine was compiled for "
+                    "(copy=True changes it)"
                 )
 
     def update(self, params: Any, version: int, *, copy: bool) -> None:
@@ -72,13 +78,14 @@ class Parameters:
         if structure != self._structure:
             raise ValueError(f"the parameters have the structure {structure}; expected {self._structure}")
         if not copy:
-            self._same_devices(params)
+            self._check_places(params)
         self._params = jax.tree.map(_copy, params, self._places) if copy else params
         self.version = version
 
 
 def _copy(leaf: jax.Array, place: Any) -> jax.Array:
-    return jax.device_put(leaf, place, may_alias=False)
+    moved = jax.device_put(leaf, place.sharding, may_alias=False)
+    return moved if moved.format.layout == place.layout else jax.device_put(moved, place)
 
 
 def _devices(place: Any) -> list[int]:

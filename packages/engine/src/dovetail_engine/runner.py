@@ -102,7 +102,7 @@ class Runner:
 
     Args:
         build: parameters to model.
-        params: only their shapes matter here.
+        params: only their shapes and layouts matter here.
         sizes: of all programs.
         dtype: of the cache.
 
@@ -122,7 +122,7 @@ class Runner:
         self.programs = self._compile(build, params)
 
     def _compile(self, build: Build, params: Any) -> Programs:
-        shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), (params, self._cache))
+        shapes = (jax.tree.map(_described, params), jax.tree.map(_described, self._cache))
         programs = {"mixed": mixed, "decode": decode}
         jitted = {name: jax.jit(functools.partial(f, build), donate_argnums=1) for name, f in programs.items()}
         return Programs.compile(
@@ -255,6 +255,11 @@ class RowSampling:
     def tops(self) -> int:
         """How many alternatives are wanted."""
         return self.params.logprobs or 0
+
+
+def _described(x: jax.Array) -> jax.ShapeDtypeStruct:
+    """Return what a program for an array is compiled for; weights mapped from a file have its order of axes."""
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.format)
 
 
 def _cache_form(spec: CacheSpec, sizes: Sizes, dtype: Any) -> Any:

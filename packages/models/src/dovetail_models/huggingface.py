@@ -56,6 +56,7 @@ def from_pretrained(
     dtype: Any = None,
     mesh: Mesh | None = None,
     rules: Rules | None = None,
+    mapped: bool = False,
     **options: Any,
 ) -> Any:
     """Return the model of a Hugging Face directory: ``config.json`` and safetensors, in one file or sharded.
@@ -72,6 +73,8 @@ def from_pretrained(
         dtype: dtype of activations and products; None for `param_dtype`.
         mesh: where to put the parameters, together with `rules`; by default on the default device.
         rules: see `dovetail_models.placements`.
+        mapped: on one CPU, use tensors of `param_dtype` where they stand in the files, see `dovetail_weights.load`; for
+            directories that `save_pretrained` or `convert` wrote.
         options: further arguments of the model, such as ``scan=True`` or ``remat="full"``.
 
     Raises:
@@ -87,7 +90,8 @@ def from_pretrained(
     module = opened.module(param_dtype=param_dtype, dtype=dtype, **options)
     definition, like = split(module)
     places = None if mesh is None or rules is None else placements(module, mesh, rules)
-    return merge(definition, load(opened.tensors, opened.table(like), like, shardings=places, ignore=opened.ignored))
+    table, ignored = opened.table(like), opened.ignored
+    return merge(definition, load(opened.tensors, table, like, shardings=places, ignore=ignored, mapped=mapped))
 
 
 def save_pretrained(

@@ -16,11 +16,12 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from dovetail_weights.header import ALIGNMENT
+
 __all__ = ["assign", "blank", "copied"]
 
 Array = np.ndarray[Any, Any]
 
-ALIGNMENT = 64  # of addresses that jax takes over on CPUs; any other it copies once more
 LARGE = 1 << 22  # bytes from which on an array gets pages of its own, and of what a thread copies at a time
 THREADS = 8  # at most
 ROWS, COLUMNS = 256, 256  # of a tile: 256 KB of float32, which stay in a core's cache

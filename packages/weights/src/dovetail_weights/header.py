@@ -14,10 +14,13 @@ import numpy as np
 from dovetail_weights.dtypes import BY_CODE, code_of
 from dovetail_weights.errors import WeightsError
 
-__all__ = ["MAX_HEADER", "Entry", "Header", "encode_header", "parse_header"]
+__all__ = ["ALIGNMENT", "MAX_HEADER", "Entry", "Header", "encode_header", "parse_header"]
 
 MAX_HEADER = 100_000_000
 """The largest header that readers accept, in bytes."""
+
+ALIGNMENT = 64
+"""Of addresses that jax takes over on CPUs, in bytes."""
 
 _MAX_RANK = 64
 
@@ -133,14 +136,21 @@ def _contiguous(entries: Mapping[str, Entry], size: int, where: str) -> None:
 def encode_header(
     specs: Mapping[str, tuple[tuple[int, ...], Any]], metadata: Mapping[str, str]
 ) -> tuple[bytes, list[str]]:
-    """Return a file's bytes up to the data, a multiple of eight, and the order in which the tensors follow.
+    """Return a file's bytes up to the data, a multiple of `ALIGNMENT`, and the order in which the tensors follow.
 
-    Larger element types come first, so that every tensor is aligned to its own element size.
+    Those whose size is a multiple of it come first, then larger element types: every tensor is aligned to its own
+    element size, and most of a model to what jax needs to use them where they stand.
     """
-    order = sorted(specs, key=lambda name: -np.dtype(specs[name][1]).itemsize)
+
+    def rank(name: str) -> tuple[bool, int]:
+        shape, dtype = specs[name]
+        itemsize = np.dtype(dtype).itemsize
+        return math.prod(shape) * itemsize % ALIGNMENT != 0, -itemsize
+
+    order = sorted(specs, key=rank)
     items = dict(_offsets(order, specs))
     text = json.dumps(({"__metadata__": dict(metadata)} if metadata else {}) | items, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % ALIGNMENT)
     if len(text) > MAX_HEADER:
         raise WeightsError(f"the header has {len(text)} bytes; readers accept {MAX_HEADER}: use smaller shards")
     return len(text).to_bytes(8, "little") + text, order

@@ -24,6 +24,11 @@ class SafetensorsFile(Mapping[str, Lazy]):
     Opening reads and checks the header alone. What is read later is a view of the file: copy it if the file may
     change. A map stays open as long as one of its views lives.
 
+    Attributes:
+        path: the file.
+        metadata: its free text.
+        data_start: the byte where the tensors begin.
+
     Raises:
         WeightsError: the file breaks a rule of the format.
         OSError: it cannot be opened.
@@ -47,7 +52,7 @@ class SafetensorsFile(Mapping[str, Lazy]):
             self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         self.metadata = header.metadata
         self._entries = header.entries
-        self._start = header.data_start
+        self.data_start = header.data_start
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -75,7 +80,7 @@ class SafetensorsFile(Mapping[str, Lazy]):
         entry = self._entries[name]
         if entry.start == entry.stop:
             return np.zeros(entry.shape, entry.dtype)
-        raw = np.frombuffer(self._map, np.uint8, entry.stop - entry.start, self._start + entry.start)
+        raw = np.frombuffer(self._map, np.uint8, entry.stop - entry.start, self.data_start + entry.start)
         if entry.dtype == np.bool_ and raw.max() > 1:
             raise WeightsError(f"{self.path}: tensor {name!r} holds the byte {raw.max()}; expected 0 or 1 for BOOL")
         return raw.view(entry.dtype).reshape(entry.shape)

@@ -12,6 +12,7 @@ from dovetail_weights import dtypes
 from dovetail_weights.copying import copied
 from dovetail_weights.errors import WeightsError, listing, nearest
 from dovetail_weights.lazy import Lazy
+from dovetail_weights.mapping import check_alignment, in_place
 from dovetail_weights.maps import Group, WeightMap
 from dovetail_weights.reading import Directory, open_directory
 from dovetail_weights.writing import write_directory
@@ -42,6 +43,7 @@ def load(
     shardings: Any = None,
     dtype: Any = None,
     ignore: Sequence[str] = (),
+    mapped: bool = False,
 ) -> Any:
     """Return a tree like `like` with the values of a checkpoint.
 
@@ -55,10 +57,14 @@ def load(
         shardings: one sharding, or a pytree of them like `like`; by default those of `like`'s leaves.
         dtype: a floating-point dtype for every floating-point leaf, in place of `like`'s.
         ignore: globs over checkpoint names that no leaf needs (``"*.rotary_emb.inv_freq"``).
+        mapped: on one CPU, leaves that keep dtype and values of a tensor, in whatever order of axes, are the file's own
+            pages: nothing is read before it is used, and processes share it. The other leaves are copied. The files
+            must stay as they are while the leaves live (one that `save` replaces does). Transposed leaves have the
+            file's order of axes as their layout, for which programs are compiled.
 
     Raises:
         WeightsError: tensors are missing or unexpected, shapes or kinds of dtype differ, or the map does not fit; the
-            message lists all of them.
+            message lists all of them. With `mapped`: the files do not suit, or a leaf is not for a CPU alone.
         FileNotFoundError: there is no such directory or shard.
     """
     source = _opened(directory)
@@ -72,11 +78,17 @@ def load(
     groups = weight_map.groups(leaves)
     _check(source, groups, targets, ignore)
     places = _places(leaves, like, shardings)
+    if mapped:
+        check_alignment(source)
+        _check_places(places)
     loaded: dict[str, jax.Array] = {}
     before: list[jax.Array] = []
     for group in groups:
         parts = group.to_ours([source[name] for name in group.names])
-        arrays = [_place(part, targets[a].dtype, places[a]) for part, a in zip(parts, group.addresses, strict=True)]
+        arrays = [
+            _place(part, targets[address].dtype, places[address], mapped)
+            for part, address in zip(parts, group.addresses, strict=True)
+        ]
         jax.block_until_ready(before)  # then its memory on the host is free
         loaded |= zip(group.addresses, arrays, strict=True)
         before = arrays
@@ -156,8 +168,20 @@ def _places(leaves: Mapping[str, Any], like: Any, shardings: Any) -> dict[str, A
     return dict(zip(leaves, given, strict=True))
 
 
-def _place(part: Lazy, dtype: np.dtype[Any], sharding: Any) -> jax.Array:
+def _check_places(places: Mapping[str, Any]) -> None:
+    devices = {device for place in places.values() if place is not None for device in place.device_set}
+    if None in places.values():
+        devices.add(jax.devices()[0])
+    if devices != {jax.devices("cpu")[0]}:
+        found = ", ".join(sorted(map(str, devices)))
+        raise WeightsError(f"mapped=True with leaves on {found}; expected {jax.devices('cpu')[0]} alone")
+
+
+def _place(part: Lazy, dtype: np.dtype[Any], sharding: Any, mapped: bool) -> jax.Array:
     """Bring a lazy array to the devices. CPUs take over the copy that is made here; others widen 16 bits themselves."""
+    found = in_place(part.read()) if mapped and part.dtype == dtype else None
+    if found is not None:
+        return found if sharding is None else jax.device_put(found, sharding)
     on_cpu = (jax.default_backend() if sharding is None else next(iter(sharding.device_set)).platform) == "cpu"
     kind = part.dtype if not on_cpu and _widens(part.dtype, dtype) else dtype
 
