@@ -89,15 +89,18 @@ def directory(c: Mapping[str, Any]) -> Path:
     return FOLDER
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Any], kind: str = "F32") -> None:
-    """Write tensors as safetensors: the length of the header, the header, the values; of BF16 as unsigned integers."""
+def write_tensors(path: Path, tensors: Mapping[str, Any], kind: str = "F32", alignment: int = 8) -> None:
+    """Write tensors as safetensors: the length of the header, the header, the values; of BF16 as unsigned integers.
+
+    The values begin at a multiple of `alignment` bytes; most programs write 8.
+    """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
     for name, tensor in tensors.items():
         start, end = end, end + tensor.nbytes
         header[name] = {"dtype": kind, "shape": tensor.shape, "data_offsets": (start, end)}
     text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)
+    text += b" " * (-(8 + len(text)) % alignment)
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for tensor in tensors.values():

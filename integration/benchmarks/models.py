@@ -3,7 +3,8 @@
 The directory is made here, once. Each turn imports it in a process of its own that has imported its libraries and
 allocates memory as a user's would; the time ends when every value of every parameter was read once, since a memory map
 alone is no import. Memory is the largest anonymous memory of that process, libraries included; next to it stands what
-it may be: the weights, 1.3 times the largest tensor and 150 MB.
+it may be: the weights, 1.3 times the largest tensor and 150 MB. Files begin as transformers writes them; those of
+the mapped case as `dovetail models convert` does.
 """
 
 import hashlib
@@ -16,9 +17,9 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import depth
 import llama
@@ -45,7 +46,8 @@ def checkpoint(c: dict[str, Any]) -> Path:
     stored = c.get("stored", "F32")
     for number, names in enumerate(shards(shapes)):
         file = f"model-{number:05}.safetensors"
-        llama.write_tensors(partial / file, {name: values(number, shapes[name], stored) for name in names}, stored)
+        tensors = {name: values(number, shapes[name], stored) for name in names}
+        llama.write_tensors(partial / file, tensors, stored, 64 if c.get("mapped") else 8)
         owners |= dict.fromkeys(names, file)
     (partial / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": owners}))
     (partial / "config.json").write_text(
@@ -140,8 +142,10 @@ class Child:
 class Dovetail(Import):
     """`dovetail_models.from_pretrained`."""
 
-    @staticmethod
-    def ready() -> tuple[str, Callable[[Path], Iterable[Any]]]:
+    options: ClassVar[Mapping[str, Any]] = {}
+
+    @classmethod
+    def ready(cls) -> tuple[str, Callable[[Path], Iterable[Any]]]:
         """Return a name and what imports."""
         import jax
         import numpy as np
@@ -149,9 +153,15 @@ class Dovetail(Import):
         from dovetail_models import from_pretrained, split
 
         def load(folder: Path) -> Iterable[Any]:
-            return map(np.asarray, jax.tree.leaves(split(from_pretrained(folder))[1]))
+            return map(np.from_dlpack, jax.tree.leaves(split(from_pretrained(folder, **cls.options))[1]))
 
         return f"dovetail, jax {jax.__version__}", load
+
+
+class Mapped(Dovetail):
+    """The same, of weights that stay in the files."""
+
+    options: ClassVar = {"mapped": True}
 
 
 class Transformers(Import):
@@ -190,7 +200,7 @@ def child(system: str, folder: str) -> None:
     started = time.perf_counter()
     arrays = list(load(Path(folder)))
     loaded = 1e3 * (time.perf_counter() - started)
-    squares = sum(float((flat := array.reshape(-1)) @ flat) for array in arrays)
+    squares = sum(float((flat := array.ravel("K")) @ flat) for array in arrays)
     over.set()
     watcher.join()
     result = {"squares": squares, "before": before, "peak": max(peak[0], anonymous_memory()), "loaded": loaded}
@@ -198,9 +208,9 @@ def child(system: str, folder: str) -> None:
 
 
 def import_cases(rng: random.Random | None) -> list[Case]:
-    """Weights of 1 GB as they are stored, and out of bfloat16; with a generator also three near each."""
+    """Weights of 1 GB as they are stored, copied and mapped, and out of bfloat16; with a generator three near each."""
     steps = {"d": 256, "ff": 64, "layers": 1, "vocab": 64}
-    kinds = [IMPORT, {**IMPORT, "stored": "BF16"}]
+    kinds = [IMPORT, {**IMPORT, "mapped": True}, {**IMPORT, "stored": "BF16"}]
     return [
         import_case(c) for kind in kinds for c in [kind, *(nearby(rng, kind, steps) for _ in range(3 if rng else 0))]
     ]
@@ -210,7 +220,9 @@ def import_case(c: dict[str, Any]) -> Case:
     """One import."""
     size = 4e-9 * llama.parameters(c)
     stored = "" if c.get("stored", "F32") == "F32" else " from bfloat16"
-    return Case(f"import {size:.2f} GB float32{stored}, Llama d{c['d']} L{c['layers']}", c, tolerance=1e-4)
+    how, pair = (" mapped", (Contestant("Mapped", "ours"), PEER)) if c.get("mapped") else ("", None)
+    name = f"import {size:.2f} GB float32{stored}{how}, Llama d{c['d']} L{c['layers']}"
+    return Case(name, c, tolerance=1e-4, pair=pair)
 
 
 def cases(rng: random.Random | None) -> list[Case]:
@@ -218,7 +230,8 @@ def cases(rng: random.Random | None) -> list[Case]:
     return [*import_cases(rng), *depth.cases(rng)]
 
 
-BENCHMARK = Benchmark("models", Contestant("Dovetail", "ours"), Contestant("Transformers", "torch"), cases)
+PEER = Contestant("Transformers", "torch")
+BENCHMARK = Benchmark("models", Contestant("Dovetail", "ours"), PEER, cases)
 
 if __name__ == "__main__":
     child(*sys.argv[1:])

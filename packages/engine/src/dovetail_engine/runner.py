@@ -257,7 +257,7 @@ class RowSampling:
         return self.params.logprobs or 0
 
 
-def _described(x: jax.Array) -> jax.ShapeDtypeStruct:
+def _described(x: Any) -> jax.ShapeDtypeStruct:
     """Return what a program for an array is compiled for; weights mapped from a file have its order of axes."""
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.format)
 
