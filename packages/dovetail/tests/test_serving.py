@@ -70,6 +70,7 @@ def test_generate_stops_at_the_models_length(exported, capsys):
         (["generate", "{model}", "x", "--temperature", "-1"], "temperature=-1.0; expected"),
         (["generate", "{model}", "x", "--top-p", "0"], "top_p=0.0; expected"),
         (["serve", "{missing}"], "holds no model"),
+        (["serve", "{empty}", "--mapped"], "holds no config.json; expected a Hugging Face directory, or no --mapped"),
         (["serve", "{model}", "--max-running", "0"], "max_running=0; expected at least 1"),
         (["serve", "{model}", "--max-length", "100"], "max_length=100; a model ü was trained on at most 64 tokens"),
         (["serve", "{model}", "--max-length", "0"], "max_length=0; expected at least 2"),
@@ -156,7 +157,8 @@ def url_of(lines):
 
 def test_the_server_answers_and_drains_on_sigterm(exported, tmp_path):
     """A server from the command line answers nobody, keeps no programs, or dies of SIGTERM with a request in hand."""
-    process = start("serve", str(exported), "--port", "0", "--max-running", "2", "--cache", str(tmp_path / "cache"))
+    options = ["--port", "0", "--max-running", "2", "--cache", str(tmp_path / "cache"), "--mapped"]
+    process = start("serve", str(exported), *options)
     try:
         url = url_of(lines_of(process))
         with openai.OpenAI(base_url=url, api_key="none", max_retries=0) as client:
