@@ -138,7 +138,7 @@ def test_both_spellings_at_once(name: str, tmp_path: Path) -> None:
     plain = save_pretrained(build(config, rngs=nnx.Rngs(0)), tmp_path / "plain")
     family = json.loads((plain / "config.json").read_text())["architectures"][0]
     tensors = read(plain)
-    changed = [tensor for tensor in tensors if spell(tensor) != tensor]
+    changed = [t for t in tensors if spell(t) != t and "pooler" not in t]  # which a model without one ignores
     some = {spell(t) if t in changed[::3] else t: value for t, value in tensors.items()}
     with pytest.raises(WeightsError) as error:
         from_pretrained(written(plain, some), family=family)
