@@ -6,7 +6,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from dovetail_weights import copying
@@ -39,7 +39,7 @@ def test_any_view(value):
 
 
 @pytest.mark.usefixtures("small")
-@settings(suppress_health_check=["function_scoped_fixture"])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(views())
 def test_any_view_in_tiles(value):
     """A tile at an edge, a piece of a thread or an axis above the second is left out."""
