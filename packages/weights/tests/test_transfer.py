@@ -11,6 +11,7 @@ from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from dovetail_weights import (
     Concat,
+    Lazy,
     Reshape,
     Rule,
     Stack,
@@ -267,3 +268,14 @@ def test_peak_memory(tmp_path):
         )
         print(done.stdout)
         assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+def test_lazy_arrays_are_loaded_and_saved_as_files_and_arrays_are(tmp_path):
+    table = WeightMap([Rule("a/{x}", "b.{x}")])
+    lazy = Lazy((2, 3), np.dtype("float32"), lambda index: np.arange(6, dtype="float32").reshape(2, 3)[index])
+    path = save(tmp_path / "m", table, {"a": {"w": lazy}}, dtype="bfloat16")
+    assert open_directory(path)["b.w"].dtype == jnp.bfloat16
+    loaded = load({"b.w": lazy}, table, {"a": {"w": jnp.zeros((2, 3))}})
+    np.testing.assert_array_equal(loaded["a"]["w"], np.arange(6).reshape(2, 3))
+    with pytest.raises(WeightsError, match="expected a directory"):
+        load({"b.w": lazy}, table, {"a": {"w": jnp.zeros((2, 3))}}, mapped=True)

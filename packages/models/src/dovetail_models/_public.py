@@ -21,6 +21,7 @@ from dovetail_models.hf_rules import attention_rules, decoder_rules, expert_rule
 from dovetail_models.hub import HubError
 from dovetail_models.huggingface import config_from_hf, config_to_hf, from_pretrained, save_pretrained, weight_map
 from dovetail_models.layers import MLP, GatedMLP, GroupedAttention, LayerNorm, RMSNorm, Rotary
+from dovetail_models.lazy_model import LazyModel, elementwise, lazy, surgery
 from dovetail_models.llama import Llama, LlamaConfig
 from dovetail_models.mamba2 import Mamba2, Mamba2Config
 from dovetail_models.mistral import Mistral, MistralConfig
@@ -88,6 +89,7 @@ __all__ = [
     "HubError",
     "LayerNorm",
     "LayerWindowsConfig",
+    "LazyModel",
     "Llama",
     "LlamaConfig",
     "Mamba2",
@@ -143,9 +145,11 @@ __all__ = [
     "convert",
     "decoder_rules",
     "describe",
+    "elementwise",
     "expert_rules",
     "from_pretrained",
     "init",
+    "lazy",
     "logical_axes",
     "maximal_update",
     "merge",
@@ -155,5 +159,6 @@ __all__ = [
     "save_pretrained",
     "sparse_mlp",
     "split",
+    "surgery",
     "weight_map",
 ]

@@ -2,7 +2,7 @@
 
 import pathlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 import numpy as np
@@ -19,10 +19,10 @@ from dovetail_weights.writing import write_directory
 
 __all__ = ["check", "load", "save"]
 
+Source: TypeAlias = str | pathlib.Path | Mapping[str, Lazy]
 
-def check(
-    directory: str | pathlib.Path | Directory, weight_map: WeightMap, like: Any, *, ignore: Sequence[str] = ()
-) -> tuple[str, ...]:
+
+def check(directory: Source, weight_map: WeightMap, like: Any, *, ignore: Sequence[str] = ()) -> tuple[str, ...]:
     """Return the names of the tensors that `load` would read, from the headers alone; arguments are those of `load`.
 
     Raises:
@@ -36,7 +36,7 @@ def check(
 
 
 def load(
-    directory: str | pathlib.Path | Directory,
+    directory: Source,
     weight_map: WeightMap,
     like: Any,
     *,
@@ -51,7 +51,7 @@ def load(
     device's part alone where the leaf is sharded over several, and cast to the leaf's dtype (floats to floats only).
 
     Args:
-        directory: a directory or file, or what `open_directory` returned.
+        directory: a directory or file, what `open_directory` returned, or any mapping from names to `Lazy` arrays.
         weight_map: rules between the tree's addresses and the checkpoint's names.
         like: a pytree of arrays or ``jax.ShapeDtypeStruct``.
         shardings: one sharding, or a pytree of them like `like`; by default those of `like`'s leaves.
@@ -79,6 +79,8 @@ def load(
     _check(source, groups, targets, ignore)
     places = _places(leaves, like, shardings)
     if mapped:
+        if not isinstance(source, Directory):
+            raise WeightsError("mapped=True with a mapping; expected a directory, whose files hold the tensors")
         check_alignment(source)
         _check_places(places)
     loaded: dict[str, jax.Array] = {}
@@ -104,7 +106,7 @@ def save(
     Args:
         directory: the directory to make.
         weight_map: rules between the tree's addresses and the checkpoint's names.
-        tree: a pytree of arrays, all of whose parts are on this process's devices.
+        tree: a pytree of arrays, all of whose parts are on this process's devices, or of `Lazy` ones.
         dtype: a floating-point dtype for every floating-point leaf, in place of its own.
         options: `max_shard_bytes`, `metadata`, `extra_files` and `overwrite`.
 
@@ -121,8 +123,8 @@ def save(
     return write_directory(directory, tensors, **options)
 
 
-def _opened(directory: str | pathlib.Path | Directory) -> Directory:
-    return directory if isinstance(directory, Directory) else open_directory(directory)
+def _opened(directory: Source) -> Mapping[str, Lazy]:
+    return directory if isinstance(directory, Mapping) else open_directory(directory)
 
 
 def _target(address: str, leaf: Any, dtype: Any) -> Lazy:
@@ -136,7 +138,9 @@ def _target(address: str, leaf: Any, dtype: Any) -> Lazy:
     return Lazy(tuple(leaf.shape), target, lambda _: np.empty(0))
 
 
-def _check(source: Directory, groups: Sequence[Group], targets: Mapping[str, Lazy], ignore: Sequence[str]) -> None:
+def _check(
+    source: Mapping[str, Lazy], groups: Sequence[Group], targets: Mapping[str, Lazy], ignore: Sequence[str]
+) -> None:
     errors: list[str] = []
     used = {name for group in groups for name in group.names}
     unexpected = [name for name in source if name not in used and not paths.matches(name, ignore)]
@@ -213,6 +217,8 @@ def _lazy_leaf(address: str, leaf: Any, dtype: Any) -> Lazy:
 
 def _on_host(leaf: Any, index: Any) -> np.ndarray[Any, Any]:
     """Return a part of a leaf; jax keeps no copy of it on the host."""
+    if isinstance(leaf, Lazy):
+        return leaf.read(index)
     on_cpu = isinstance(leaf, jax.Array) and {d.platform for d in leaf.devices()} == {"cpu"}
     if not isinstance(leaf, jax.Array) or (on_cpu and len(leaf.devices()) == 1):
         return np.asarray(leaf)[index]
