@@ -91,6 +91,19 @@ def test_route_at_the_edges() -> None:
     assert np.isfinite(never.weights).all()
 
 
+def test_earlier_choices_keep_their_experts() -> None:
+    """What a sampler chose is what is trained, with the weights that these experts have now."""
+    order = np.random.default_rng(2).permuted(np.tile(np.arange(EXPERTS), (TOKENS, 1)), axis=1)
+    earlier = order[:, :TOP].astype(np.int32)
+    earlier[::4] = -1
+    logits = draw(TOKENS, EXPERTS)
+    routing = jax.jit(functools.partial(route, top_k=TOP))(logits, experts=jnp.asarray(earlier))
+    expected = np.where(earlier < 0, route(logits, TOP).experts, earlier)
+    np.testing.assert_array_equal(routing.experts, expected)
+    scores = np.take_along_axis(scored(np.asarray(logits, np.float64), "softmax"), expected, axis=1)
+    np.testing.assert_allclose(routing.weights, scores / scores.sum(1, keepdims=True), atol=1e-6)
+
+
 def test_expert_load() -> None:
     """Balance losses and bias updates see the tokens that count, sequence by sequence."""
     logits, where = draw(24, EXPERTS), jnp.asarray(np.random.default_rng(2).random(24) < 0.6)

@@ -9,6 +9,7 @@ from dovetail_kernels.conv import ConvActivation, causal_conv1d, causal_conv1d_s
 from dovetail_kernels.cross_entropy import CrossEntropyOptions, LossAndZLoss, linear_cross_entropy
 from dovetail_kernels.delta_rule import gated_delta_rule, gated_delta_step
 from dovetail_kernels.divergences import Teacher, TopLogprobs, distillation_loss
+from dovetail_kernels.expert_parallel import expert_parallel
 from dovetail_kernels.masks import Mask, causal, chunked, dense, lengths, prefix, segments, window
 from dovetail_kernels.mixer import DenseMixer
 from dovetail_kernels.moe import (
@@ -98,6 +99,7 @@ __all__ = [
     "einsum",
     "empty_pages",
     "expert_load",
+    "expert_parallel",
     "explain",
     "filter_logits",
     "gated_delta_rule",

@@ -74,6 +74,7 @@ def route(
     groups: ExpertGroups | None = None,
     renormalize: bool = True,
     scale: float = 1.0,
+    experts: Integer[Array, "tokens k"] | None = None,
 ) -> Routing:
     """Choose the `top_k` experts of each token and the weights of their outputs.
 
@@ -88,15 +89,21 @@ def route(
         groups: choose groups first (DeepSeek-V2, arXiv:2405.04434; V3, arXiv:2412.19437); None chooses among all.
         renormalize: divide the weights by their sum. With softmax that is the softmax over the chosen logits.
         scale: factor of the weights.
+        experts: of tokens that chose before, as when a sampler's choices are trained on; -1 for those that choose now.
 
     Raises:
-        ValueError: `top_k` or `groups` do not fit the number of experts, an unknown scoring, a bias of a wrong shape.
+        ValueError: `top_k` or `groups` do not fit the number of experts, an unknown scoring, a bias or earlier choices
+            of a wrong shape.
         TypeError: logits that are not floats.
 
     >>> route(jnp.array([[0.0, 2.0, 1.0]]), 2).experts
     Array([[1, 2]], dtype=int32)
     """
     _check_route(logits, top_k, scoring, bias, groups)
+    if experts is not None and experts.shape != (logits.shape[0], top_k):
+        raise ValueError(
+            f"experts have shape {experts.shape}; expected {(logits.shape[0], top_k)}, those of each token"
+        )
     logits = logits.astype(exact(logits.dtype))
     scores = jax.nn.softmax(logits, axis=1) if scoring == "softmax" else jax.nn.sigmoid(logits)
     choice = jax.lax.stop_gradient(scores)
@@ -104,7 +111,8 @@ def route(
         choice = choice + jax.lax.stop_gradient(bias).astype(choice.dtype)
     if groups is not None:
         choice = _within(choice, groups)
-    experts = jax.lax.top_k(choice, top_k)[1]
+    best = jax.lax.top_k(choice, top_k)[1]
+    experts = best if experts is None else jnp.where(experts < 0, best, int32(experts))
     weights = jnp.take_along_axis(scores, experts, axis=1)
     if renormalize:
         total = jnp.sum(weights, axis=1, keepdims=True)
