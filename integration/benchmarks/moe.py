@@ -100,8 +100,7 @@ class Ours(Block):
         from flax import nnx
 
         from dovetail_kernels import DenseMixer
-        from dovetail_models import Selection, SparseMLP, abstract, merge
-        from dovetail_models.moe import Experts, Router
+        from dovetail_models import Experts, Router, Selection, SparseMLP, abstract, merge
 
         given: dict[str, Any] = {"init": nnx.initializers.zeros, "dtype": "float32"}
 
@@ -115,7 +114,7 @@ class Ours(Block):
 
         def call(params: Any, x: Any) -> Any:
             tree = {"router": {"weight": params["router"]}, "experts": {n: params[n] for n in ("gate", "up", "down")}}
-            return merge(definition, tree)(x, DenseMixer(None, 1, c["tokens"]))[0]
+            return merge(definition, tree)(0, x, DenseMixer(None, 1, c["tokens"]))[0]
 
         return f"{c['experts']} experts", call
 

@@ -21,6 +21,7 @@ from dovetail_models import (
     SiglipModel,
     SiglipTextConfig,
     SiglipVisionConfig,
+    SparseMLP,
     T5EncoderConfig,
     T5EncoderModel,
     ViTClassifierConfig,
@@ -30,7 +31,6 @@ from dovetail_models import (
     merge,
     save_pretrained,
 )
-from dovetail_models.moe import SparseMLP
 
 HALF, WIDE = jnp.dtype("bfloat16"), jnp.dtype("float32")
 TOKENS = jax.ShapeDtypeStruct((2, 6), jnp.int32)
@@ -167,7 +167,7 @@ def test_router_probabilities(name: str) -> None:
     routers = [layer.mlp.router for layer in model.layers if isinstance(layer.mlp, SparseMLP)]
     assert routers
     for router in routers:
-        found = router(x)
+        found = router.choose(router.logits(x))
         assert found.weights.dtype == found.scores.dtype == WIDE
         logits = np.asarray(x, np.float64) @ np.asarray(router.weight.get_value(), np.float64)
         rounded = np.asarray(jnp.asarray(logits, HALF), np.float64)
@@ -189,7 +189,7 @@ def test_wider_activations() -> None:
     with jax.enable_x64(True):
         x = jnp.asarray(np.random.default_rng(0).standard_normal((9, 8)))
         model = MODELS["mixtral"][0](MODELS["mixtral"][1], rngs=nnx.Rngs(0), param_dtype=jnp.float64)
-        assert model.layers[0].mlp.router(x).scores.dtype == jnp.float64
+        assert model.layers[0].mlp.router.logits(x).dtype == jnp.float64
         assert model.unembed(x).dtype == WIDE
         heads = x.reshape(1, 9, 2, 4)
         np.testing.assert_allclose(attention(heads, heads, heads, scale=1.0), dense(heads), rtol=1e-13)

@@ -77,10 +77,10 @@ def test_auxiliary_values_of_layers_add_up(build: Any, small: Any) -> None:
     class Counted(Block):
         """A block that tells how many tokens it saw, the first one also their sum."""
 
-        def transform(self, x: Any, mixer: Any) -> Any:
-            y, _ = super().transform(x, mixer)
+        def transform(self, layer: int, x: Any, mixer: Any) -> Any:
+            y, _, mixer = super().transform(layer, x, mixer)
             mine = {"first": (jnp.sum(x), jnp.float32(1))} if self.first else {}
-            return y, {"tokens": (jnp.float32(x.shape[0]), jnp.float32(2)), **mine}
+            return y, {"tokens": (jnp.float32(x.shape[0]), jnp.float32(2)), **mine}, mixer
 
     model = build(dataclasses.replace(small, layers=3))
     for i, layer in enumerate(model.layers):

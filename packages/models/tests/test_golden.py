@@ -18,7 +18,6 @@ from dovetail_models.delta_net import GatedDeltaNet
 from dovetail_models.family import architecture_family
 from dovetail_models.latent import LatentAttention
 from dovetail_models.layers import MLP, GatedMLP, GroupedAttention, LayerNorm
-from dovetail_models.moe import SparseMLP
 from dovetail_models.state_space import StateSpace
 from dovetail_protocols import WindowCache
 from dovetail_weights import open_directory, save

@@ -10,8 +10,17 @@ import pytest
 from flax import nnx
 
 from dovetail_kernels import DenseMixer
-from dovetail_models import Mixtral, MixtralConfig, merge, placements, split
-from dovetail_models.moe import Experts, Router, Selection, SparseMLP
+from dovetail_models import (
+    Experts,
+    Mixtral,
+    MixtralConfig,
+    Router,
+    Selection,
+    SparseMLP,
+    merge,
+    placements,
+    split,
+)
 from dovetail_runtime import FSDP_TENSOR, batch_sharding, mesh, use
 
 WEIGHTS = {"init": nnx.initializers.normal(0.5), "dtype": jnp.float32}
@@ -29,7 +38,8 @@ def sparse(select: Selection, *, bias: bool = False) -> SparseMLP:
 
 @jax.jit
 def run(model: SparseMLP, x: jax.Array, mixer: DenseMixer) -> Any:
-    return model(x, mixer)
+    y, aux, _ = model(0, x, mixer)
+    return y, aux
 
 
 def by_hand(model: SparseMLP, x: np.ndarray) -> np.ndarray:
@@ -73,7 +83,7 @@ def test_the_shared_mlp_sees_every_token() -> None:
     with_shared = SparseMLP(model.router, model.experts, lambda x: 3 * x)
     x = jnp.ones((4, 6)) * jnp.arange(4, dtype=jnp.float32)[:, None]
     mixer = DenseMixer.of(jnp.zeros((1, 4), jnp.int32))
-    np.testing.assert_allclose(with_shared(x, mixer)[0], model(x, mixer)[0] + 3 * x, atol=1e-6)
+    np.testing.assert_allclose(with_shared(0, x, mixer)[0], model(0, x, mixer)[0] + 3 * x, atol=1e-6)
 
 
 def test_balancing_loss_is_that_of_each_sequence() -> None:
@@ -82,7 +92,7 @@ def test_balancing_loss_is_that_of_each_sequence() -> None:
     x = jnp.asarray(np.random.default_rng(1).standard_normal((16, 6)), jnp.float32)
     segments = jnp.array([[1, 1, 1, 1, 1, 2, 2, 0], [4, 4, 4, 4, 4, 4, 4, 4]], jnp.int32)
     _, aux = run(model, x, DenseMixer.of(segments, segments))
-    routing = model.router(x)
+    routing = model.router.choose(model.router.logits(x))
     total = 0.0
     for places in (slice(0, 5), slice(5, 7), slice(8, 16)):
         length = places.stop - places.start

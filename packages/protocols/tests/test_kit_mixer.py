@@ -115,6 +115,13 @@ class MutantMixer(ReferenceMixer):
             return rows.reshape(*self.segment_ids.shape, -1)
         return rows
 
+    def choose(self, layer, experts):
+        if self.fault == "choose sorts":
+            return jnp.sort(experts, axis=1), self
+        if self.fault == "choose forgets one":
+            return experts[:, 1:], self
+        return experts, (self, jnp.zeros(())) if self.fault == "choose keeps experts" else self
+
 
 FAULTS = [
     "ignores segments",
@@ -185,6 +192,12 @@ def test_broken_latent_attention_is_rejected(fault):
 @pytest.mark.parametrize("fault", RECUR_FAULTS)
 def test_broken_recurrences_of_mixers_are_rejected(fault):
     with pytest.raises(ConformanceError, match=r"Mixer: .*recur"):
+        check_mixer(lambda segments: MutantMixer(segments, fault), cases=[])
+
+
+@pytest.mark.parametrize("fault", ["choose sorts", "choose forgets one", "choose keeps experts"])
+def test_broken_choices_of_experts_are_rejected(fault):
+    with pytest.raises(ConformanceError, match=r"Mixer: .*choose"):
         check_mixer(lambda segments: MutantMixer(segments, fault), cases=[])
 
 

@@ -30,6 +30,11 @@ class _Mixer:
         """Return no rows: whoever serves wants no losses. See `dovetail_protocols.Mixer.totals`."""
         return values[:0]
 
+    def choose(self, layer: int, experts: Int[Array, "tokens k"]) -> tuple[Int[Array, "tokens k"], Any]:
+        """Return the router's choice. See `dovetail_protocols.Mixer.choose`."""
+        del layer
+        return experts, self
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)

@@ -15,6 +15,7 @@ from dovetail_kernels.masks import causal, segments
 from dovetail_kernels.masks import window as sliding
 from dovetail_kernels.operation import Wanted
 from dovetail_kernels.seam import einsum
+from dovetail_protocols import LayerIndex
 
 __all__ = ["DenseMixer"]
 
@@ -32,6 +33,8 @@ class DenseMixer:
         ring: a mesh and the axis of it that rows are split over; attention is `dovetail_kernels.ring_attention` then.
         together: int ``[batch, time]``: tokens of a row that have the same number, but 0, see each other in both
             directions, as the places of one image do; None where none are.
+        choices: int ``[layers, batch * time, k]``: the experts of tokens that chose before, of every layer (those
+            without experts, too), -1 where a token chooses now; None where all do.
     """
 
     segment_ids: Any
@@ -40,6 +43,7 @@ class DenseMixer:
     implementation: Wanted = dataclasses.field(default=None, metadata={"static": True})
     ring: tuple[Mesh, str] | None = dataclasses.field(default=None, metadata={"static": True})
     together: Any = None
+    choices: Any = None
     per_layer: ClassVar[bool] = False
 
     @classmethod
@@ -49,30 +53,33 @@ class DenseMixer:
         segment_ids: Int[Array, "batch time"] | None = None,
         *,
         together: Int[Array, "batch time"] | None = None,
+        choices: Int[Array, "layers batch*time k"] | None = None,
         implementation: Wanted = None,
         ring: tuple[Mesh, str] | None = None,
     ) -> "DenseMixer":
         """Return the mixer for a batch of rows.
 
         Raises:
-            ValueError: `tokens` are not ``[batch, time]``, `segment_ids` or `together` have another shape, or rows are
-                not a multiple of the devices of the `ring`.
+            ValueError: `tokens` are not ``[batch, time]``, `segment_ids`, `together` or `choices` do not fit them, or
+                rows are not a multiple of the devices of the `ring`.
         """
         if tokens.ndim != 2:
             raise ValueError(f"tokens have shape {tokens.shape}; expected [batch, time]")
         for name, x in (("segment_ids", segment_ids), ("together", together)):
             if x is not None and x.shape != tokens.shape:
                 raise ValueError(f"{name} have shape {x.shape}; expected that of tokens, {tokens.shape}")
+        if choices is not None and (choices.ndim != 3 or choices.shape[1] != tokens.size):
+            raise ValueError(f"choices have shape {choices.shape}; expected [layers, {tokens.size}, k]")
         devices = 1 if ring is None else ring[0].shape[ring[1]]
         if tokens.shape[1] % devices:
             raise ValueError(
                 f"rows of {tokens.shape[1]} tokens over {devices} devices of the ring; expected a multiple"
             )
-        return cls(segment_ids, tokens.shape[0], tokens.shape[1], implementation, ring, together)
+        return cls(segment_ids, tokens.shape[0], tokens.shape[1], implementation, ring, together, choices)
 
     def attend(
         self,
-        layer: int,
+        layer: LayerIndex,
         query: Float[Array, "tokens heads key_dim"],
         key: Float[Array, "tokens kv_heads key_dim"],
         value: Float[Array, "tokens kv_heads value_dim"],
@@ -121,7 +128,7 @@ class DenseMixer:
 
     def attend_latent(
         self,
-        layer: int,
+        layer: LayerIndex,
         query: Float[Array, "tokens heads key_dim"],
         latent: Float[Array, "tokens latent_dim"],
         rope_key: Float[Array, "tokens rope_dim"],
@@ -155,8 +162,12 @@ class DenseMixer:
 
         return jax.vmap(sums)(rows, place, ids).reshape(values.shape)
 
+    def choose(self, layer: LayerIndex, experts: Int[Array, "tokens k"]) -> tuple[Int[Array, "tokens k"], "DenseMixer"]:
+        """Return what tokens chose before, see `dovetail_protocols.Mixer.choose`."""
+        return experts if self.choices is None else jax.lax.dynamic_index_in_dim(self.choices, layer, 0, False), self
+
     def recur(
-        self, layer: int, recurrence: Any, inputs: tuple[Float[Array, "tokens ..."], ...]
+        self, layer: LayerIndex, recurrence: Any, inputs: tuple[Float[Array, "tokens ..."], ...]
     ) -> tuple[Float[Array, "tokens ..."], "DenseMixer"]:
         """Run each segment from zeros; `layer` does not matter here. See `dovetail_protocols.Mixer.recur`.
 

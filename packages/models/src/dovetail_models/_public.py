@@ -26,7 +26,7 @@ from dovetail_models.llama import Llama, LlamaConfig
 from dovetail_models.mamba2 import Mamba2, Mamba2Config
 from dovetail_models.mistral import Mistral, MistralConfig
 from dovetail_models.mixtral import Mixtral, MixtralConfig
-from dovetail_models.moe import Selection, SparseBlock, SparseConfig, SparseMLP, sparse_mlp
+from dovetail_models.moe import Experts, SparseBlock, SparseConfig, SparseMLP, sparse_mlp
 from dovetail_models.mup import maximal_update
 from dovetail_models.olmo2 import Olmo2, Olmo2Config
 from dovetail_models.olmo3 import Olmo3, Olmo3Config
@@ -36,6 +36,7 @@ from dovetail_models.qwen3 import Qwen3, Qwen3Config
 from dovetail_models.qwen3_moe import Qwen3Moe, Qwen3MoeConfig
 from dovetail_models.qwen3_next import Qwen3Next, Qwen3NextConfig
 from dovetail_models.remat import ACTIVATIONS, POLICIES, Remat
+from dovetail_models.router import Router, Selection, SparseTraining
 from dovetail_models.siglip import (
     SiglipConfig,
     SiglipModel,
@@ -70,6 +71,7 @@ __all__ = [
     "DeepseekV3Config",
     "Description",
     "EncoderConfig",
+    "Experts",
     "Family",
     "Fields",
     "GatedMLP",
@@ -117,6 +119,7 @@ __all__ = [
     "RMSNorm",
     "Remat",
     "Rotary",
+    "Router",
     "Selection",
     "SiglipConfig",
     "SiglipModel",
@@ -129,6 +132,7 @@ __all__ = [
     "SparseBlock",
     "SparseConfig",
     "SparseMLP",
+    "SparseTraining",
     "Stack",
     "StackConfig",
     "T5EncoderConfig",

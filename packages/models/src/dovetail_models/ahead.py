@@ -14,7 +14,7 @@ from dovetail_kernels import einsum
 from dovetail_models.decoder import Decoder, DecoderConfig
 from dovetail_models.hf_rules import OURS, THEIRS
 from dovetail_models.layers import parameter
-from dovetail_protocols import Auxiliary
+from dovetail_protocols import Auxiliary, LayerIndex
 from dovetail_weights import Rule, Transpose
 
 __all__ = ["REPEATED", "Ahead", "AheadConfig", "AheadDecoder", "held_heads", "with_heads"]
@@ -50,7 +50,7 @@ class Ahead(nnx.Module):
         rngs: where the initial weights come from.
     """
 
-    def __init__(self, config: AheadConfig, layer: int, block: Any, *, param_dtype: Any, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: AheadConfig, layer: LayerIndex, block: Any, *, param_dtype: Any, rngs: nnx.Rngs) -> None:
         self.embedding_norm, self.hidden_norm = config.norm(param_dtype), config.norm(param_dtype)
         shape, axes = (2 * config.features, config.features), (None, "embed")
         self.join = parameter(rngs, shape, axes, config.init, param_dtype, 1)

@@ -24,7 +24,7 @@ from dovetail_models.layers import (
 )
 from dovetail_models.remat import Remat, remat_policy
 from dovetail_models.stack import Stack, run_layers
-from dovetail_protocols import Auxiliary, CacheSpec
+from dovetail_protocols import Auxiliary, CacheSpec, LayerIndex
 from dovetail_runtime import constrain
 
 __all__ = ["Block", "Decoder", "DecoderConfig", "StackConfig"]
@@ -186,19 +186,19 @@ class Block(nnx.Module):
             if after:
                 setattr(self, f"{name}_out_norm", config.norm(dtype))
 
-    def __call__(self, layer: int, x: jax.Array, tables: Tables, mixer: Any) -> tuple[jax.Array, Auxiliary, Any]:
+    def __call__(self, layer: LayerIndex, x: jax.Array, tables: Tables, mixer: Any) -> tuple[jax.Array, Auxiliary, Any]:
         """Return the residual stream ``[tokens, features]`` after the block, its auxiliary values, and the mixer."""
         mixed, mixer = self.attention(layer, self.attention_norm(x) if self.before else x, tables, mixer)
         mixed = checkpoint_name(mixed, "attention_out")
         x = constrain(x + (self.attention_out_norm(mixed) if self.after else mixed), "residual", "embed")
-        y, aux = self.transform(self.mlp_norm(x) if self.before else x, mixer)
+        y, aux, mixer = self.transform(layer, self.mlp_norm(x) if self.before else x, mixer)
         y = checkpoint_name(y, "mlp_out")
         return constrain(x + (self.mlp_out_norm(y) if self.after else y), "residual", "embed"), aux, mixer
 
-    def transform(self, x: jax.Array, mixer: Any) -> tuple[jax.Array, Auxiliary]:
-        """Return what the MLP makes of each token, and its auxiliary values: none, if it is a plain one."""
-        del mixer
-        return self.mlp(x), {}
+    def transform(self, layer: LayerIndex, x: jax.Array, mixer: Any) -> tuple[jax.Array, Auxiliary, Any]:
+        """Return what the MLP makes of each token, its auxiliary values, none if it is a plain one, and the mixer."""
+        del layer
+        return self.mlp(x), {}, mixer
 
 
 class Decoder(nnx.Module):

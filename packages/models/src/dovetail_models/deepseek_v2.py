@@ -10,7 +10,7 @@ from dovetail_models.family import Family
 from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_fields import ConfigError, field
 from dovetail_models.latent import OPTIONS, LatentConfig, latent_block, latent_fields, latent_rules
-from dovetail_models.moe import Selection
+from dovetail_models.router import Selection
 from dovetail_weights import WeightMap
 
 __all__ = ["FAMILY", "DeepseekV2", "DeepseekV2Config"]

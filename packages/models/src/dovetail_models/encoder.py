@@ -22,6 +22,7 @@ from dovetail_models.layers import (
     PlainActivation,
     parameter,
 )
+from dovetail_protocols import LayerIndex
 from dovetail_runtime import constrain
 
 __all__ = ["Bidirectional", "EncoderBlock", "EncoderConfig", "Linear", "encode"]
@@ -130,7 +131,7 @@ class Bidirectional:
 
     def attend(
         self,
-        layer: int,
+        layer: LayerIndex,
         query: Float[Array, "tokens heads key_dim"],
         key: Float[Array, "tokens kv_heads key_dim"],
         value: Float[Array, "tokens kv_heads value_dim"],
@@ -169,7 +170,9 @@ class EncoderBlock(nnx.Module):
         self.attention_norm, self.mlp_norm = norms
         self.before = before
 
-    def __call__(self, layer: int, x: Float[Array, "tokens features"], mixer: Any) -> Float[Array, "tokens features"]:
+    def __call__(
+        self, layer: LayerIndex, x: Float[Array, "tokens features"], mixer: Any
+    ) -> Float[Array, "tokens features"]:
         """Return the residual stream after the block."""
         mixed, _ = self.attention(layer, self.attention_norm(x) if self.before else x, {}, mixer)
         x = constrain(x + mixed, "residual", "embed")

@@ -15,7 +15,8 @@ from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_fields import ConfigError, field
 from dovetail_models.hf_rules import OURS, THEIRS, decoder_rules
 from dovetail_models.hf_windows import FULL, WINDOW, one_width, read_types
-from dovetail_models.moe import BALANCE, Selection, SparseBlock, SparseConfig, sparse_mlp
+from dovetail_models.moe import BALANCE, SparseBlock, SparseConfig, sparse_mlp
+from dovetail_models.router import Selection
 from dovetail_weights import Reshape, Rule, Transpose, Unstack, WeightMap
 
 __all__ = ["FAMILY", "GptOss", "GptOssConfig"]

@@ -17,7 +17,7 @@ from dovetail_models.hf_fields import ConfigError, field
 from dovetail_models.hf_rules import OURS, THEIRS, decoder_rules
 from dovetail_models.layers import Initializer, RMSNorm, Tables, parameter
 from dovetail_models.shared_experts import SharedExpertsConfig, shared_block, shared_rules
-from dovetail_protocols import LatentCache
+from dovetail_protocols import LatentCache, LayerIndex
 from dovetail_runtime import constrain
 from dovetail_weights import Reshape, Rule, Split, Transpose
 
@@ -122,7 +122,9 @@ class LatentAttention(nnx.Module):
         self.rotary, self.nope_dim, self.scale = config.rotary(), config.nope_dim, config.attention_scale
         self.spec = LatentCache(config.latent_dim, config.rope_dim)
 
-    def __call__(self, layer: int, x: Float[Array, "tokens features"], tables: Tables, mixer: Any) -> tuple[Any, Any]:
+    def __call__(
+        self, layer: LayerIndex, x: Float[Array, "tokens features"], tables: Tables, mixer: Any
+    ) -> tuple[Any, Any]:
         """Return the attention output ``[tokens, features]`` and the mixer."""
         query = checkpoint_name(self._query(x, tables), "query")
         latent = checkpoint_name(self.latent_norm(self._down("latent", x)), "value")

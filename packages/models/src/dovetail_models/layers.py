@@ -26,7 +26,7 @@ from dovetail_kernels import (
     rope_frequencies,
     rope_table,
 )
-from dovetail_protocols import CacheSpec, FullCache, WindowCache
+from dovetail_protocols import CacheSpec, FullCache, LayerIndex, WindowCache
 from dovetail_runtime import constrain
 
 __all__ = [
@@ -259,7 +259,9 @@ class GroupedAttention(nnx.Module):
         y = getattr(self, f"{name}_norm")(y) if self.normed else y
         return y if self.rotary is None else rope(y, tables[self.rotary], rotated=self.rotary.dim)
 
-    def __call__(self, layer: int, x: Float[Array, "tokens features"], tables: Tables, mixer: Any) -> tuple[Any, Any]:
+    def __call__(
+        self, layer: LayerIndex, x: Float[Array, "tokens features"], tables: Tables, mixer: Any
+    ) -> tuple[Any, Any]:
         """Return the attention output ``[tokens, features]`` and the mixer."""
         query, key = (checkpoint_name(self._placed(name, x, tables), name) for name in ("query", "key"))
         value = checkpoint_name(self._project("value", x), "value")

@@ -18,7 +18,7 @@ from dovetail_models.hf_fields import ConfigError, field
 from dovetail_models.layers import Tables
 from dovetail_models.stack import Stack
 from dovetail_models.state_space import StateSpace
-from dovetail_protocols import Auxiliary
+from dovetail_protocols import Auxiliary, LayerIndex
 from dovetail_runtime import constrain
 from dovetail_weights import Reshape, Rule, Split, Transpose, WeightMap
 
@@ -79,7 +79,7 @@ class _Block(nnx.Module):
         self.residual: Any = jnp.float32 if config.residual_float32 else None
         self.inside: Any = jnp.float32
 
-    def __call__(self, layer: int, x: jax.Array, tables: Tables, mixer: Any) -> tuple[jax.Array, Auxiliary, Any]:
+    def __call__(self, layer: LayerIndex, x: jax.Array, tables: Tables, mixer: Any) -> tuple[jax.Array, Auxiliary, Any]:
         """See `dovetail_models.decoder.Block`."""
         x = x if self.residual is None else x.astype(self.residual)
         mixed, mixer = self.attention(layer, self.attention_norm(x).astype(self.inside), tables, mixer)

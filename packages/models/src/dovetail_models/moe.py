@@ -1,75 +1,29 @@
 """Mixture of experts: a router, experts, and the block around them (Shazeer et al., arXiv:1701.06538).
 
-Every token reaches all of the experts that it chose; nothing is dropped. The choice of a token depends on it alone, so
-that a row computes the same among others as alone. The balancing loss is additive, too: it is made of each sequence's
-own counts (DeepSeek-V3, arXiv:2412.19437, eq. 17-20) and weighed with the sequence's tokens, never of the counts of a
-whole batch, whose loss would depend on what else is in it.
+Every token reaches all of the experts that it chose, unless experts are given a capacity. The choice of a token depends
+on it alone, so that a row computes the same among others as alone.
 """
 
 import dataclasses
 import math
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from dovetail_kernels import (
-    Activation,
-    Dispatch,
-    ExpertGroups,
-    Routing,
-    combine,
-    einsum,
-    gated_product,
-    permute,
-    ragged_dot,
-    route,
-    sort_by_expert,
-)
+from dovetail_kernels import Activation, Routing, combine, einsum, gated_product, permute, ragged_dot, sort_by_expert
+from dovetail_models.balance import real_tokens, router_terms
 from dovetail_models.decoder import Block, DecoderConfig
-from dovetail_models.layers import Initializer, exact, parameter
-from dovetail_protocols import Auxiliary, QuantizedArray
+from dovetail_models.layers import Initializer, parameter
+from dovetail_models.router import Router, Selection, SparseTraining
+from dovetail_models.spread import spread
+from dovetail_protocols import Auxiliary, LayerIndex, QuantizedArray
+from dovetail_runtime import constrain, split_of
 
-__all__ = [
-    "BALANCE",
-    "Experts",
-    "Router",
-    "Selection",
-    "SparseBlock",
-    "SparseConfig",
-    "SparseMLP",
-    "balance_loss",
-    "sparse_mlp",
-]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Selection:
-    """How tokens choose experts; see `dovetail_kernels.route`.
-
-    Attributes:
-        experts: how many there are.
-        top_k: how many a token chooses.
-        scoring: how logits become scores.
-        renormalize: the weights of a token's experts sum to 1.
-        scale: factor of the weights.
-        groups: a token chooses groups of experts first.
-        bias: the logits have biases.
-        correction: scores are corrected for the choice only, by numbers that an optimizer has no gradient for.
-        balance: coefficient of the balancing loss, which is 1 where all experts are used alike; 0 for none.
-    """
-
-    experts: int
-    top_k: int
-    scoring: Literal["softmax", "sigmoid"] = "softmax"
-    renormalize: bool = True
-    scale: float = 1.0
-    groups: ExpertGroups | None = None
-    bias: bool = False
-    correction: bool = False
-    balance: float = 0.0
+__all__ = ["BALANCE", "Experts", "SparseBlock", "SparseConfig", "SparseMLP", "sparse_mlp"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,15 +33,17 @@ class SparseConfig(DecoderConfig):
     Attributes:
         experts: how many a sparse layer has.
         top_k: how many a token chooses.
-        balanced: the model returns a balancing loss, see `balance_loss`.
+        balanced: the model returns a balancing loss per sequence, see `dovetail_models.balance.router_terms`.
         balance_coef: its coefficient, for the sum over a token's choices as in transformers: alike used experts have a
             loss of `top_k` times that.
+        training: what training adds, which checkpoints do not tell.
     """
 
     experts: int
     top_k: int
     balanced: bool = False
     balance_coef: float = 0.001
+    training: SparseTraining = dataclasses.field(default_factory=SparseTraining)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -100,7 +56,7 @@ class SparseConfig(DecoderConfig):
     def select(self) -> Selection:
         """How tokens choose experts."""
         balance = self.top_k * self.balance_coef if self.balanced else 0.0
-        return Selection(experts=self.experts, top_k=self.top_k, balance=balance)
+        return Selection(experts=self.experts, top_k=self.top_k, balance=balance, training=self.training)
 
 
 BALANCE = {
@@ -122,41 +78,6 @@ def sparse_mlp(config: Any, hidden: int, *, shared: Any = None, **options: Any) 
     weights = {name: options[name] for name in ("init", "dtype", "rngs")}
     router = Router(config.features, config.select, **weights)
     return SparseMLP(router, Experts(config.features, hidden, config.select.experts, **options), shared)
-
-
-class Router(nnx.Module):
-    """Scores of experts, in float32 (float64 for float64) whatever the dtype of activations.
-
-    Args:
-        features: width of the residual stream.
-        select: how tokens choose.
-        init: of the weight.
-        dtype: of the parameters; that of the correction is float32.
-        rngs: where the initial weights come from.
-    """
-
-    def __init__(self, features: int, select: Selection, *, init: Initializer, dtype: Any, rngs: nnx.Rngs) -> None:
-        zeros, count = nnx.initializers.zeros, select.experts
-        self.weight = parameter(rngs, (features, count), ("embed", "experts"), init, dtype, 1)
-        if select.bias:
-            self.bias = parameter(rngs, (count,), ("experts",), zeros, dtype)
-        if select.correction:
-            self.correction = parameter(rngs, (count,), ("experts",), zeros, jnp.float32)
-        self.select = select
-
-    def __call__(self, x: Float[Array, "tokens features"]) -> Routing:
-        """Return each token's experts and their weights."""
-        select = self.select
-        logits = einsum("td,de->te", x.astype(exact(x)), self.weight.get_value())
-        return route(
-            logits + self.bias.get_value().astype(logits.dtype) if select.bias else logits,
-            select.top_k,
-            scoring=select.scoring,
-            bias=self.correction.get_value() if select.correction else None,
-            groups=select.groups,
-            renormalize=select.renormalize,
-            scale=select.scale,
-        )
 
 
 class Experts(nnx.Module):
@@ -203,17 +124,30 @@ class Experts(nnx.Module):
         self, rows: Float[Array, "rows features"], group_sizes: Int[Array, " experts"]
     ) -> Float[Array, "rows features"]:
         """Transform each row by the expert of its group: the first ``group_sizes[0]`` by the first one, and so on."""
-        gate, up = self._product("gate", rows, group_sizes), self._product("up", rows, group_sizes)
-        return self._product("down", gated_product(gate, up, activation=self.activation), group_sizes)
 
-    def _product(self, name: str, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:
-        weight = getattr(self, name).get_value()
-        weight = weight if isinstance(weight, QuantizedArray) else weight.astype(rows.dtype)
-        y = ragged_dot(rows, weight, group_sizes)
-        if not self.bias:
-            return y
-        bias = getattr(self, f"{name}_bias").get_value().astype(rows.dtype)
-        return y + jnp.repeat(bias, group_sizes, axis=0, total_repeat_length=rows.shape[0])
+        def product(name: str, rows: jax.Array) -> jax.Array:
+            weight = getattr(self, name).get_value()
+            weight = weight if isinstance(weight, QuantizedArray) else weight.astype(rows.dtype)
+            y = ragged_dot(rows, weight, group_sizes)
+            if not self.bias:
+                return y
+            bias = getattr(self, f"{name}_bias").get_value().astype(rows.dtype)
+            return y + jnp.repeat(bias, group_sizes, axis=0, total_repeat_length=rows.shape[0])
+
+        return self._gated(product, rows)
+
+    def batched(self, rows: Float[Array, "experts rows features"]) -> Float[Array, "experts rows features"]:
+        """Transform as many rows by each expert."""
+
+        def product(name: str, rows: jax.Array) -> jax.Array:
+            y = einsum("erd,edf->erf", rows, getattr(self, name).get_value())
+            return y + getattr(self, f"{name}_bias").get_value().astype(y.dtype)[:, None] if self.bias else y
+
+        return self._gated(product, rows)
+
+    def _gated(self, product: Callable[[str, jax.Array], jax.Array], rows: jax.Array) -> jax.Array:
+        inner = gated_product(product("gate", rows), product("up", rows), activation=self.activation)
+        return product("down", inner)
 
 
 class SparseMLP(nnx.Module):
@@ -228,42 +162,42 @@ class SparseMLP(nnx.Module):
     def __init__(self, router: Router, experts: Experts, shared: Any = None) -> None:
         self.router, self.experts, self.shared = router, experts, shared
 
-    def __call__(self, x: Float[Array, "tokens features"], mixer: Any) -> tuple[jax.Array, Auxiliary]:
-        """Return what becomes of each token, and ``loss/balance`` where one is asked for."""
-        routing = self.router(x)
-        dispatch = sort_by_expert(routing.experts, self.router.select.experts)
-        y = combine(self._transform(x, dispatch), routing.weights, dispatch)
-        y = y if self.shared is None else y + self.shared(x)
-        balance = self.router.select.balance
-        return y, {"loss/balance": balance_loss(routing, mixer, balance)} if balance else {}
+    def __call__(
+        self, layer: LayerIndex, x: Float[Array, "tokens features"], mixer: Any
+    ) -> tuple[jax.Array, Auxiliary, Any]:
+        """Return what becomes of each token, what `router_terms` tells, and the mixer.
 
-    def _transform(self, x: jax.Array, dispatch: Dispatch) -> jax.Array:
-        return self.experts(permute(x, dispatch), dispatch.group_sizes)
+        With a capacity, ``router/dropped_per_micro_batch`` is the share of choices without a row.
+        """
+        logits, routing, mixer = self.router(layer, x, mixer)
+        aux = dict(router_terms(self.router, logits, routing, mixer))
+        training = self.router.select.training
+        if training.capacity is not None:
+            y, aux["router/dropped_per_micro_batch"] = self._limited(x, routing, mixer)
+        elif split_of("experts") is not None:
+            y = spread(self.experts, x, routing, exchange=training.exchange)
+        else:
+            dispatch = sort_by_expert(routing.experts, self.router.select.experts)
+            rows = self.experts(permute(x, dispatch), dispatch.group_sizes)
+            y = combine(rows, routing.weights, dispatch)
+        return y if self.shared is None else y + self.shared(x), aux, mixer
 
-
-def balance_loss(routing: Routing, mixer: Any, coefficient: float) -> tuple[jax.Array, jax.Array]:
-    """Return the sum and the weight of a balancing loss per sequence, see the head of this module.
-
-    For a sequence of n tokens it is ``n * experts * sum(counts / (n * top_k) * probabilities)``, with the number of
-    tokens that chose each expert and its mean share of the scores; its weight is n.
-
-    Args:
-        routing: of the tokens.
-        mixer: knows the sequences, see `dovetail_protocols.Mixer.totals`.
-        coefficient: of the loss.
-    """
-    count, top_k = routing.scores.shape[1], routing.experts.shape[1]
-    total = jnp.sum(routing.scores, axis=1, keepdims=True)
-    shares = routing.scores / jnp.maximum(total, jnp.finfo(total.dtype).tiny)
-    chosen = jnp.sum(jax.nn.one_hot(routing.experts, count, dtype=shares.dtype), axis=1)
-    counts, shares, tokens = (mixer.totals(x) for x in (chosen, shares, jnp.ones_like(shares[:, :1])))
-    losses = jnp.sum(counts * shares, axis=1) / jnp.maximum(tokens[:, 0], 1) * (count / top_k)
-    return coefficient * jnp.sum(losses), jnp.sum(tokens)
+    def _limited(self, x: jax.Array, routing: Routing, mixer: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        """Return what becomes of each token where experts have a capacity, and how many choices have no row."""
+        select = self.router.select
+        live = real_tokens(mixer, x.shape[0])
+        rows = select.training.rows(routing.experts.size, select.experts)
+        dispatch = sort_by_expert(routing.experts, select.experts, capacity=rows, where=live)
+        batches = permute(x, dispatch).reshape(select.experts, rows, -1)
+        batches = self.experts.batched(constrain(batches, "experts", None, "embed"))
+        y = combine(batches.reshape(-1, batches.shape[-1]), routing.weights, dispatch)
+        lost = jnp.sum((live[:, None] & dispatch.dropped).astype(routing.scores.dtype))
+        return y, (lost, select.top_k * jnp.sum(live.astype(lost.dtype)))
 
 
 class SparseBlock(Block):
     """A `Block` whose MLP is a `SparseMLP`."""
 
-    def transform(self, x: jax.Array, mixer: Any) -> tuple[jax.Array, Auxiliary]:
+    def transform(self, layer: LayerIndex, x: jax.Array, mixer: Any) -> tuple[jax.Array, Auxiliary, Any]:
         """See `Block.transform`."""
-        return self.mlp(x, mixer)
+        return self.mlp(layer, x, mixer)

@@ -11,7 +11,8 @@ from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_fields import ConfigError, field
 from dovetail_models.hf_rules import decoder_rules, expert_rules
 from dovetail_models.layers import GatedMLP
-from dovetail_models.moe import BALANCE, Selection, SparseBlock, SparseConfig, sparse_mlp
+from dovetail_models.moe import BALANCE, SparseBlock, SparseConfig, sparse_mlp
+from dovetail_models.router import Selection
 from dovetail_weights import WeightMap
 
 __all__ = ["FAMILY", "Qwen3Moe", "Qwen3MoeConfig", "QwenSparseConfig", "read_dense_layers"]

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from dovetail_kernels import causal_conv1d, causal_conv1d_step, einsum
 from dovetail_models.layers import Tables
-from dovetail_protocols import RecurrentCache
+from dovetail_protocols import LayerIndex, RecurrentCache
 from dovetail_runtime import constrain
 
 __all__ = ["TAPS", "ConvolvedRecurrence", "RecurrentLayer", "conv_state", "convolved"]
@@ -102,7 +102,9 @@ class RecurrentLayer(nnx.Module):
     out: nnx.Param[Any]
     out_bias: nnx.Param[Any]
 
-    def __call__(self, layer: int, x: Float[Array, "tokens features"], tables: Tables, mixer: Any) -> tuple[Any, Any]:
+    def __call__(
+        self, layer: LayerIndex, x: Float[Array, "tokens features"], tables: Tables, mixer: Any
+    ) -> tuple[Any, Any]:
         """Return the output ``[tokens, features]`` and the mixer."""
         del tables
         given = [self.project(name, x) for name in self.inputs]

@@ -7,7 +7,8 @@ from dovetail_kernels import ExpertGroups
 from dovetail_models.decoder import Block
 from dovetail_models.hf_rules import OURS, THEIRS, expert_rules, mlp_rules
 from dovetail_models.layers import GatedMLP
-from dovetail_models.moe import Selection, SparseBlock, SparseConfig, sparse_mlp
+from dovetail_models.moe import SparseBlock, SparseConfig, sparse_mlp
+from dovetail_models.router import Selection
 from dovetail_weights import Rule
 
 __all__ = ["CorrectedConfig", "SharedExpertsConfig", "shared_block", "shared_rules"]
@@ -44,7 +45,7 @@ class SharedExpertsConfig(SparseConfig):
     def select(self) -> Selection:
         """See `SparseConfig.select`; the coefficient is that of alike used experts."""
         balance = self.balance_coef if self.balanced else 0.0
-        return Selection(experts=self.experts, top_k=self.top_k, scale=self.routed_scale, balance=balance)
+        return dataclasses.replace(super().select, scale=self.routed_scale, balance=balance)
 
 
 def _check_groups(config: SharedExpertsConfig) -> None:

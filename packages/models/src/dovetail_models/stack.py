@@ -131,23 +131,25 @@ class _Run(NamedTuple):
     mixer: Any
     remat: Remat | None
 
-    def layer(self, layer: Any, x: jax.Array, *, loop: bool = False) -> tuple[jax.Array, Auxiliary]:
+    def layer(self, index: Any, layer: Any, x: jax.Array, *, loop: bool = False) -> tuple[jax.Array, Auxiliary]:
         """Run one layer, of which the backward pass keeps what `remat` says."""
         if self.remat is None:
-            return layer(0, x, self.tables, self.mixer)[:2]
+            return layer(index, x, self.tables, self.mixer)[:2]
         definition, state = nnx.split(layer)
 
         def call(state: Any, x: jax.Array) -> tuple[jax.Array, Auxiliary]:
             x = checkpoint_name(x, "residual")
-            return nnx.merge(definition, state)(0, x, self.tables, self.mixer)[:2]
+            return nnx.merge(definition, state)(index, x, self.tables, self.mixer)[:2]
 
         return jax.checkpoint(call, policy=self.remat.policy(), prevent_cse=not loop)(state, x)
 
-    def layers(self, layers: Sequence[Any], x: jax.Array, *, loop: bool = False) -> tuple[jax.Array, Auxiliary]:
-        """Run one layer after the other."""
+    def layers(
+        self, first: Any, layers: Sequence[Any], x: jax.Array, *, loop: bool = False
+    ) -> tuple[jax.Array, Auxiliary]:
+        """Run one layer after the other; `first` is the index of the first one."""
         total: Auxiliary = {}
-        for layer in layers:
-            x, aux = self.layer(layer, x, loop=loop)
+        for place, layer in enumerate(layers):
+            x, aux = self.layer(first + place, layer, x, loop=loop)
             total = add_auxiliary(total, aux)
         return x, total
 
@@ -155,15 +157,19 @@ class _Run(NamedTuple):
         """Run the cycle as a loop, between the layers that stand alone."""
         definitions, states = zip(*(nnx.split(layer) for layer in stack.cycle), strict=True)
 
-        def body(x: jax.Array, states: Any) -> tuple[jax.Array, Auxiliary]:
-            return self.layers([nnx.merge(*parts) for parts in zip(definitions, states, strict=True)], x, loop=True)
+        def body(x: jax.Array, each: Any) -> tuple[jax.Array, Auxiliary]:
+            index, states = each
+            layers = [nnx.merge(*parts) for parts in zip(definitions, states, strict=True)]
+            return self.layers(index, layers, x, loop=True)
 
-        x, total = self.layers(stack.before, x)
-        one = tuple(nnx.split(_one(layer))[1] for layer in stack.cycle)
+        x, total = self.layers(0, stack.before, x)
+        first, period = len(stack.before), len(stack.cycle)
+        indices = first + period * jnp.arange(stack.repeats, dtype=jnp.int32)
+        one = indices[0], tuple(nnx.split(_one(layer))[1] for layer in stack.cycle)
         x = x.astype(jax.eval_shape(body, x, one)[0].dtype)  # a family may keep its residual stream in another one
-        x, each = jax.lax.scan(body, x, stack.each(states))
+        x, each = jax.lax.scan(body, x, (indices, stack.each(states)))
         total = add_auxiliary(total, jax.tree.map(functools.partial(jnp.sum, axis=0), each))
-        x, aux = self.layers(stack.after, x)
+        x, aux = self.layers(first + period * stack.repeats, stack.after, x)
         return x, add_auxiliary(total, aux)
 
 
@@ -184,7 +190,7 @@ def run_layers(
     """
     if not getattr(mixer, "per_layer", True):
         run = _Run(tables, mixer, remat)
-        x, total = run.stack(layers, x) if isinstance(layers, Stack) else run.layers(layers, x)
+        x, total = run.stack(layers, x) if isinstance(layers, Stack) else run.layers(0, layers, x)
         return x, total, mixer
     total: Auxiliary = {}
     for i, layer in enumerate(layers.unstacked() if isinstance(layers, Stack) else layers):

@@ -18,12 +18,16 @@ __all__ = [
     "FullCache",
     "LanguageModel",
     "LatentCache",
+    "LayerIndex",
     "Mixer",
     "Recurrence",
     "RecurrentCache",
     "WindowCache",
     "add_auxiliary",
 ]
+
+LayerIndex: TypeAlias = int | jax.Array
+"""The index of a layer; traced, where layers run as a loop."""
 
 Auxiliary: TypeAlias = Mapping[str, tuple[jax.Array, jax.Array]]
 """Auxiliary losses as ``{name: (sum, weight)}``, additive over rows; returned by a forward, never sown."""
@@ -123,13 +127,13 @@ class Mixer(Protocol):
     the cache that the call has written; a dense one returns itself. `layer` is the index of the calling layer.
     A mixer that does not offer a method raises NotImplementedError naming it.
 
-    A mixer whose class has ``per_layer = False`` returns itself and does not look at `layer`: a model may call it with
-    any number there, as from a loop over stacked layers. Without that attribute each layer is called with its own.
+    A mixer whose class has ``per_layer = False`` returns itself, and `layer` may be traced, as from a loop over stacked
+    layers. Without that attribute the model calls it layer by layer, with an int.
     """
 
     def attend(
         self,
-        layer: int,
+        layer: LayerIndex,
         query: Float[Array, "tokens heads key_dim"],
         key: Float[Array, "tokens kv_heads key_dim"],
         value: Float[Array, "tokens kv_heads value_dim"],
@@ -155,7 +159,7 @@ class Mixer(Protocol):
 
     def attend_latent(
         self,
-        layer: int,
+        layer: LayerIndex,
         query: Float[Array, "tokens heads key_dim"],
         latent: Float[Array, "tokens latent_dim"],
         rope_key: Float[Array, "tokens rope_dim"],
@@ -188,8 +192,21 @@ class Mixer(Protocol):
         """
         ...
 
+    def choose(self, layer: LayerIndex, experts: Int[Array, "tokens k"]) -> tuple[Int[Array, "tokens k"], "Mixer"]:
+        """Return the experts that tokens go to, where a router has chosen these.
+
+        Most mixers return what they are given. One that knows what tokens chose before, as when a sampler's tokens are
+        trained on (router replay, arXiv:2510.11370), returns that, with -1 for tokens that choose now; one that samples
+        may keep what it is given.
+
+        Args:
+            layer: index of the calling layer.
+            experts: of each token, the best first.
+        """
+        ...
+
     def recur(
-        self, layer: int, recurrence: Recurrence, inputs: tuple[Float[Array, "tokens ..."], ...]
+        self, layer: LayerIndex, recurrence: Recurrence, inputs: tuple[Float[Array, "tokens ..."], ...]
     ) -> tuple[Float[Array, "tokens ..."], "Mixer"]:
         """Run a recurrence within each sequence, from the state that the mixer holds of it.
 

@@ -152,5 +152,5 @@ CONTEXT = _preset(
 )
 """`FSDP` for long rows: each is split over ``context``, too. Attention needs a mixer that knows, see `split_of`."""
 
-EXPERT = _preset({"embed": "fsdp", "experts": "expert"}, (*_ROWS, "expert"))
-"""`FSDP` with experts: they are split over ``expert``, as rows are."""
+EXPERT = _preset({"embed": "fsdp", "experts": "expert"}, (*_ROWS, "expert"), {"experts": "expert"})
+"""`FSDP` with experts: they are split over ``expert``, as rows are, and rows travel to them."""

@@ -59,15 +59,27 @@ def check_mixer(
     for case in cases:
         _check_case(make_mixer, case, tolerance)
     mixer = make_mixer(jnp.ones((1, 2), jnp.int32))
-    for name in ("attend", "attend_latent", "recur", "totals"):
+    for name in ("attend", "attend_latent", "recur", "totals", "choose"):
         rule = (
-            "Mixer: it has attend, attend_latent, recur and totals; what it does not offer raises NotImplementedError"
+            "Mixer: it has attend, attend_latent, recur, totals and choose; what it does not offer raises "
+            "NotImplementedError"
         )
         require(callable(getattr(mixer, name, None)), rule, missing=name)
     check_recur(make_mixer, tolerance)
     check_latent(make_mixer, _segments(MixerCase()), tolerance)
     for full in (True, False):
         _check_totals(make_mixer, _segments(MixerCase(full=full)))
+    _check_choose(mixer)
+
+
+def _check_choose(mixer: Any) -> None:
+    given = np.array([[3, 0], [1, 2]], np.int32)
+    traced = not getattr(mixer, "per_layer", True)
+    got = jax.jit(lambda layer, experts: mixer.choose(layer if traced else 0, experts)[0])(0, jnp.asarray(given))
+    same = got.shape == given.shape and bool(np.all((np.asarray(got) == given) | (np.asarray(got) == -1)))
+    require(same, "Mixer: choose keeps a router's choice, in every form, where nothing was chosen before", got=got)
+    structure = jax.tree.structure(mixer.choose(0, jnp.asarray(given))[1]) == jax.tree.structure(mixer)
+    require(structure, "Mixer: the mixer after choose is a pytree of the same structure, as a scan needs it")
 
 
 def _check_totals(make_mixer: Callable[[Any], Any], segments: np.ndarray) -> None:

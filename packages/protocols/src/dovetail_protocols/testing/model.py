@@ -158,6 +158,10 @@ class _Recorder:
     def totals(self, values: Any) -> Any:
         return self.inner.totals(values)
 
+    def choose(self, layer: int, experts: Any) -> tuple[Any, "_Recorder"]:
+        chosen, inner = self.inner.choose(layer, experts)
+        return chosen, _Recorder(inner, self.calls)
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Identity:

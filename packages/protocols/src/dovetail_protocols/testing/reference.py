@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from dovetail_protocols.model import Recurrence
+from dovetail_protocols.model import LayerIndex, Recurrence
 from dovetail_protocols.quantized import QuantizedArray
 
 __all__ = ["ReferenceMixer", "attention", "walk"]
@@ -94,7 +94,7 @@ class ReferenceMixer:
 
     def attend(
         self,
-        layer: int,  # noqa: ARG002 - the contract's; a dense mixer treats all layers alike
+        layer: LayerIndex,  # noqa: ARG002 - the contract's; a dense mixer treats all layers alike
         query: Float[Array, "tokens heads key_dim"],
         key: Float[Array, "tokens kv_heads key_dim"],
         value: Float[Array, "tokens kv_heads value_dim"],
@@ -126,7 +126,7 @@ class ReferenceMixer:
 
     def attend_latent(
         self,
-        layer: int,
+        layer: LayerIndex,
         query: Float[Array, "tokens heads key_dim"],
         latent: Float[Array, "tokens latent_dim"],
         rope_key: Float[Array, "tokens rope_dim"],
@@ -150,9 +150,17 @@ class ReferenceMixer:
         )
         return sums.reshape(batch * time, -1)
 
+    def choose(
+        self,
+        layer: LayerIndex,  # noqa: ARG002 - as above
+        experts: Int[Array, "tokens k"],
+    ) -> tuple[Int[Array, "tokens k"], "ReferenceMixer"]:
+        """Return the router's choice, see `Mixer.choose`."""
+        return experts, self
+
     def recur(
         self,
-        layer: int,  # noqa: ARG002 - as above
+        layer: LayerIndex,  # noqa: ARG002 - as above
         recurrence: Recurrence,
         inputs: tuple[jax.Array, ...],
     ) -> tuple[jax.Array, "ReferenceMixer"]:
