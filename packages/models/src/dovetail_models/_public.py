@@ -26,7 +26,7 @@ from dovetail_models.llama import Llama, LlamaConfig
 from dovetail_models.mamba2 import Mamba2, Mamba2Config
 from dovetail_models.mistral import Mistral, MistralConfig
 from dovetail_models.mixtral import Mixtral, MixtralConfig
-from dovetail_models.moe import Experts, SparseBlock, SparseConfig, SparseMLP, sparse_mlp
+from dovetail_models.moe import Experts, SparseConfig, SparseMLP, sparse_mlp
 from dovetail_models.mup import maximal_update
 from dovetail_models.olmo2 import Olmo2, Olmo2Config
 from dovetail_models.olmo3 import Olmo3, Olmo3Config
@@ -49,6 +49,7 @@ from dovetail_models.smollm3 import SmolLM3, SmolLM3Config
 from dovetail_models.stack import Stack
 from dovetail_models.state import abstract, init, logical_axes, merge, placements, split
 from dovetail_models.t5_encoder import T5EncoderConfig, T5EncoderModel
+from dovetail_models.upcycling import upcycle
 from dovetail_models.vit import ViTClassifierConfig, ViTConfig, ViTForImageClassification, ViTModel
 
 __all__ = [
@@ -129,7 +130,6 @@ __all__ = [
     "SiglipVisionModel",
     "SmolLM3",
     "SmolLM3Config",
-    "SparseBlock",
     "SparseConfig",
     "SparseMLP",
     "SparseTraining",
@@ -164,5 +164,6 @@ __all__ = [
     "sparse_mlp",
     "split",
     "surgery",
+    "upcycle",
     "weight_map",
 ]

@@ -1,4 +1,4 @@
-"""The commands ``models.list``, ``models.describe`` and ``models.convert``; each imports what it needs when it runs."""
+"""The commands of models that change no weights but their form; each imports what it needs when it runs."""
 
 import dataclasses
 from collections.abc import Generator

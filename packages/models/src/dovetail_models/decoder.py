@@ -157,7 +157,7 @@ class Block(nnx.Module):
     Args:
         config: sizes and options.
         attention: see `GroupedAttention`.
-        mlp: see `GatedMLP`.
+        mlp: see `GatedMLP`; one with ``routes = True`` is called as `dovetail_models.SparseMLP` is.
         before: each takes a normalised copy of the residual stream.
         after: what each gives is normalised.
         dtype: of the norms' weights.
@@ -197,8 +197,7 @@ class Block(nnx.Module):
 
     def transform(self, layer: LayerIndex, x: jax.Array, mixer: Any) -> tuple[jax.Array, Auxiliary, Any]:
         """Return what the MLP makes of each token, its auxiliary values, none if it is a plain one, and the mixer."""
-        del layer
-        return self.mlp(x), {}, mixer
+        return self.mlp(layer, x, mixer) if getattr(self.mlp, "routes", False) else (self.mlp(x), {}, mixer)
 
 
 class Decoder(nnx.Module):

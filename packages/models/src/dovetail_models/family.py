@@ -44,6 +44,9 @@ FAMILIES = {
 }
 """The module of each architecture, which defines ``FAMILY``; another name follows a colon."""
 
+SPARSE = "Sparse"
+"""Before the name of an architecture: with experts in place of its MLPs, see `dovetail_models.sparse_family`."""
+
 
 Spelling = tuple[tuple[str, str], ...]
 """Templates of names and what checkpoints have in their place, see `dovetail_weights.WeightMap.spelled`."""
@@ -88,7 +91,7 @@ def named_family(values: Mapping[str, Any]) -> Family:
     if named is None and kind is None:
         raise ConfigError(f"neither architectures nor model_type; expected architectures=[one of {list(FAMILIES)}]")
     if named is not None:
-        if not isinstance(named, list) or len(named) != 1 or named[0] not in FAMILIES:
+        if not isinstance(named, list) or len(named) != 1 or str(named[0]).removeprefix(SPARSE) not in FAMILIES:
             parts = [name for name in FAMILIES if named in _wholes(architecture_family(name))]
             more = f", or family= one of {parts}, which such a checkpoint holds" if parts else ""
             raise ConfigError(f"architectures={named!r}; expected one of {list(FAMILIES)}{more}")
@@ -111,6 +114,8 @@ def family_of(x: Any) -> Family:
         TypeError: it is of none of them.
     """
     kind = type(x)
+    if isinstance(dense := getattr(kind, "sparse_of", None), str):
+        return architecture_family(SPARSE + dense)
     for architecture in FAMILIES if kind.__module__.startswith(f"{__package__}.") else ():
         family = architecture_family(architecture)
         if kind in (family.model, family.config_map.config):
@@ -124,6 +129,9 @@ def architecture_family(architecture: str) -> Family:
     Raises:
         ConfigError: there is no such one.
     """
+    if architecture.startswith(SPARSE) and architecture.removeprefix(SPARSE) in FAMILIES:
+        made = importlib.import_module(f"{__package__}.sparse_family")  # which imports this module
+        return made.sparse_family(architecture.removeprefix(SPARSE))
     if architecture not in FAMILIES:
         raise ConfigError(f"family={architecture!r}; expected one of {list(FAMILIES)}")
     module, _, name = FAMILIES[architecture].partition(":")

@@ -15,7 +15,7 @@ from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_fields import ConfigError, field
 from dovetail_models.hf_rules import OURS, THEIRS, decoder_rules
 from dovetail_models.hf_windows import FULL, WINDOW, one_width, read_types
-from dovetail_models.moe import BALANCE, SparseBlock, SparseConfig, sparse_mlp
+from dovetail_models.moe import BALANCE, SparseConfig, sparse_mlp
 from dovetail_models.router import Selection
 from dovetail_weights import Reshape, Rule, Transpose, Unstack, WeightMap
 
@@ -72,7 +72,7 @@ class GptOss(Decoder):
         )
         unit = Clamped(config.alpha, config.limit)
         mlp = sparse_mlp(config, config.hidden, activation=unit, bias=True, **weights)
-        return SparseBlock(config, attention, mlp, dtype=weights["dtype"])
+        return Block(config, attention, mlp, dtype=weights["dtype"])
 
 
 def _weight_map(config: GptOssConfig) -> WeightMap:

@@ -10,7 +10,7 @@ from dovetail_models.family import Family
 from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_fields import field
 from dovetail_models.hf_rules import THEIRS, decoder_rules, expert_rules
-from dovetail_models.moe import BALANCE, SparseBlock, SparseConfig, sparse_mlp
+from dovetail_models.moe import BALANCE, SparseConfig, sparse_mlp
 from dovetail_weights import WeightMap
 
 __all__ = ["FAMILY", "Mixtral", "MixtralConfig"]
@@ -38,7 +38,7 @@ class Mixtral(Decoder):
         """See `Decoder.block`."""
         del index
         attention = config.attention(window=config.window, **weights)
-        return SparseBlock(config, attention, sparse_mlp(config, config.hidden, **weights), dtype=weights["dtype"])
+        return Block(config, attention, sparse_mlp(config, config.hidden, **weights), dtype=weights["dtype"])
 
 
 def _weight_map(config: MixtralConfig) -> WeightMap:

@@ -7,7 +7,7 @@ on it alone, so that a row computes the same among others as alone.
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -16,19 +16,19 @@ from jaxtyping import Array, Float, Int
 
 from dovetail_kernels import Activation, Routing, combine, einsum, gated_product, permute, ragged_dot, sort_by_expert
 from dovetail_models.balance import real_tokens, router_terms
-from dovetail_models.decoder import Block, DecoderConfig
-from dovetail_models.layers import Initializer, parameter
+from dovetail_models.decoder import DecoderConfig
+from dovetail_models.layers import ACTIVATION_FUNCTIONS, Initializer, PlainActivation, parameter
 from dovetail_models.router import Router, Selection, SparseTraining
 from dovetail_models.spread import spread
 from dovetail_protocols import Auxiliary, LayerIndex, QuantizedArray
 from dovetail_runtime import constrain, split_of
 
-__all__ = ["BALANCE", "Experts", "SparseBlock", "SparseConfig", "SparseMLP", "sparse_mlp"]
+__all__ = ["BALANCE", "Experts", "PlainExperts", "SparseConfig", "SparseMLP", "Sparsity", "sparse_mlp"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class SparseConfig(DecoderConfig):
-    """What families of decoders with experts share; see `DecoderConfig` for the others.
+class Sparsity:
+    """What configurations with experts have besides those of a stack of layers, which they derive from, too.
 
     Attributes:
         experts: how many a sparse layer has.
@@ -46,7 +46,7 @@ class SparseConfig(DecoderConfig):
     training: SparseTraining = dataclasses.field(default_factory=SparseTraining)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
+        super().__post_init__()  # pyright: ignore[reportAttributeAccessIssue] - of the stack
         if not 0 < self.top_k <= self.experts:
             raise ValueError(f"top_k={self.top_k}; expected between 1 and the {self.experts} experts")
         if not 0 <= self.balance_coef < math.inf:
@@ -57,6 +57,11 @@ class SparseConfig(DecoderConfig):
         """How tokens choose experts."""
         balance = self.top_k * self.balance_coef if self.balanced else 0.0
         return Selection(experts=self.experts, top_k=self.top_k, balance=balance, training=self.training)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SparseConfig(Sparsity, DecoderConfig):
+    """What families of decoders with experts share; see `Sparsity` and `DecoderConfig`."""
 
 
 BALANCE = {
@@ -95,29 +100,31 @@ class Experts(nnx.Module):
         rngs: where the initial weights come from.
     """
 
+    into: ClassVar[tuple[str, ...]] = ("gate", "up")
+    """The products whose results are hidden units."""
+
     def __init__(
         self,
         features: int,
         hidden: int,
         count: int,
         *,
-        activation: Activation = "silu",
+        activation: Activation | PlainActivation = "silu",
         bias: bool = False,
         init: Initializer,
         out_init: Initializer,
         dtype: Any,
         rngs: nnx.Rngs,
     ) -> None:
-        into, out = (count, features, hidden), (count, hidden, features)
-        self.gate = parameter(rngs, into, ("experts", "embed", "mlp"), init, dtype, 1)
-        self.up = parameter(rngs, into, ("experts", "embed", "mlp"), init, dtype, 1)
-        self.down = parameter(rngs, out, ("experts", "mlp", "embed"), out_init, dtype, 1)
-        if bias:
-            zeros = nnx.initializers.zeros
-            self.gate_bias = parameter(rngs, (count, hidden), ("experts", "mlp"), zeros, dtype)
-            self.up_bias = parameter(rngs, (count, hidden), ("experts", "mlp"), zeros, dtype)
-            self.down_bias = parameter(rngs, (count, features), ("experts", "embed"), zeros, dtype)
-        self.activation: Activation = activation
+        for name in (*self.into, "down"):
+            last = name == "down"
+            sizes, axes = ((hidden, features), ("mlp", "embed")) if last else ((features, hidden), ("embed", "mlp"))
+            made = parameter(rngs, (count, *sizes), ("experts", *axes), out_init if last else init, dtype, 1)
+            setattr(self, name, made)
+            if bias:
+                zeros = nnx.initializers.zeros
+                setattr(self, f"{name}_bias", parameter(rngs, (count, sizes[1]), ("experts", axes[1]), zeros, dtype))
+        self.activation: Any = activation
         self.bias = bias
 
     def __call__(
@@ -134,7 +141,7 @@ class Experts(nnx.Module):
             bias = getattr(self, f"{name}_bias").get_value().astype(rows.dtype)
             return y + jnp.repeat(bias, group_sizes, axis=0, total_repeat_length=rows.shape[0])
 
-        return self._gated(product, rows)
+        return product("down", self._inner(product, rows))
 
     def batched(self, rows: Float[Array, "experts rows features"]) -> Float[Array, "experts rows features"]:
         """Transform as many rows by each expert."""
@@ -143,11 +150,19 @@ class Experts(nnx.Module):
             y = einsum("erd,edf->erf", rows, getattr(self, name).get_value())
             return y + getattr(self, f"{name}_bias").get_value().astype(y.dtype)[:, None] if self.bias else y
 
-        return self._gated(product, rows)
+        return product("down", self._inner(product, rows))
 
-    def _gated(self, product: Callable[[str, jax.Array], jax.Array], rows: jax.Array) -> jax.Array:
-        inner = gated_product(product("gate", rows), product("up", rows), activation=self.activation)
-        return product("down", inner)
+    def _inner(self, product: Callable[[str, jax.Array], jax.Array], rows: jax.Array) -> jax.Array:
+        return gated_product(product("gate", rows), product("up", rows), activation=self.activation)
+
+
+class PlainExperts(Experts):
+    """MLPs without gates, one for each group of rows; see `MLP` for their activations, and `Experts`."""
+
+    into: ClassVar[tuple[str, ...]] = ("up",)
+
+    def _inner(self, product: Callable[[str, jax.Array], jax.Array], rows: jax.Array) -> jax.Array:
+        return ACTIVATION_FUNCTIONS[self.activation](product("up", rows))
 
 
 class SparseMLP(nnx.Module):
@@ -158,6 +173,8 @@ class SparseMLP(nnx.Module):
         experts: of the same number.
         shared: an MLP for all tokens; None for none.
     """
+
+    routes: ClassVar[bool] = True
 
     def __init__(self, router: Router, experts: Experts, shared: Any = None) -> None:
         self.router, self.experts, self.shared = router, experts, shared
@@ -193,11 +210,3 @@ class SparseMLP(nnx.Module):
         y = combine(batches.reshape(-1, batches.shape[-1]), routing.weights, dispatch)
         lost = jnp.sum((live[:, None] & dispatch.dropped).astype(routing.scores.dtype))
         return y, (lost, select.top_k * jnp.sum(live.astype(lost.dtype)))
-
-
-class SparseBlock(Block):
-    """A `Block` whose MLP is a `SparseMLP`."""
-
-    def transform(self, layer: LayerIndex, x: jax.Array, mixer: Any) -> tuple[jax.Array, Auxiliary, Any]:
-        """See `Block.transform`."""
-        return self.mlp(layer, x, mixer)

@@ -11,7 +11,7 @@ from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_fields import ConfigError, field
 from dovetail_models.hf_rules import decoder_rules, expert_rules
 from dovetail_models.layers import GatedMLP
-from dovetail_models.moe import BALANCE, SparseBlock, SparseConfig, sparse_mlp
+from dovetail_models.moe import BALANCE, SparseConfig, sparse_mlp
 from dovetail_models.router import Selection
 from dovetail_weights import WeightMap
 
@@ -76,7 +76,7 @@ class Qwen3Moe(Decoder):
             mlp = GatedMLP(config.features, config.hidden, **weights)
             return Block(config, attention, mlp, dtype=weights["dtype"])
         mlp = sparse_mlp(config, config.expert_hidden, **weights)
-        return SparseBlock(config, attention, mlp, dtype=weights["dtype"])
+        return Block(config, attention, mlp, dtype=weights["dtype"])
 
 
 def _weight_map(config: Qwen3MoeConfig) -> WeightMap:

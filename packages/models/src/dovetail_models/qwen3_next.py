@@ -17,7 +17,7 @@ from dovetail_models.hf_config import ConfigMap, Fields
 from dovetail_models.hf_fields import ConfigError, field
 from dovetail_models.hf_rules import decoder_rules, expert_rules
 from dovetail_models.layers import GatedMLP, GroupedAttention, exact, parameter
-from dovetail_models.moe import BALANCE, SparseBlock, sparse_mlp
+from dovetail_models.moe import BALANCE, sparse_mlp
 from dovetail_models.qwen3_moe import QwenSparseConfig, read_dense_layers
 from dovetail_weights import Reshape, Rule, Split, Transpose, WeightMap
 
@@ -96,7 +96,7 @@ class Qwen3Next(Decoder):
             return Block(config, attention, mlp, dtype=weights["dtype"])
         shared = _SharedMLP(config.features, config.shared_hidden, **weights)
         mlp = sparse_mlp(config, config.expert_hidden, shared=shared, **weights)
-        return SparseBlock(config, attention, mlp, dtype=weights["dtype"])
+        return Block(config, attention, mlp, dtype=weights["dtype"])
 
 
 def _linear(config: Qwen3NextConfig, **weights: Any) -> GatedDeltaNet:

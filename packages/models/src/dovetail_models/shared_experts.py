@@ -7,7 +7,7 @@ from dovetail_kernels import ExpertGroups
 from dovetail_models.decoder import Block
 from dovetail_models.hf_rules import OURS, THEIRS, expert_rules, mlp_rules
 from dovetail_models.layers import GatedMLP
-from dovetail_models.moe import SparseBlock, SparseConfig, sparse_mlp
+from dovetail_models.moe import SparseConfig, sparse_mlp
 from dovetail_models.router import Selection
 from dovetail_weights import Rule
 
@@ -106,7 +106,7 @@ def shared_block(
         return Block(config, attention, dense(config.hidden), dtype=weights["dtype"])
     shared = dense(config.expert_hidden * config.shared_experts)
     mlp = sparse_mlp(config, config.expert_hidden, shared=shared, **weights)
-    return SparseBlock(config, attention, mlp, dtype=weights["dtype"])
+    return Block(config, attention, mlp, dtype=weights["dtype"])
 
 
 def shared_rules(config: SharedExpertsConfig) -> list[Rule]:
