@@ -16,9 +16,9 @@ class Upcycle:
     """The directory to read, or a name of the hub such as org/name."""
     destination: Path
     """The directory to make."""
-    experts: int
+    experts: int = 8
     """How many experts a layer has."""
-    top_k: int
+    top_k: int = 2
     """How many experts a token chooses."""
     granularity: int = 1
     """Slices of a copy, each an expert; where it divides top_k the model computes what it did."""
