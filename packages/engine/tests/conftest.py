@@ -43,7 +43,7 @@ def make_engine(compiled, monkeypatch):
 
     def reuse(runner, build, params):
         layouts = tuple(x.format.layout for x in jax.tree.leaves(params))
-        recipe = (build, runner.sizes, runner._dtype, layouts)
+        recipe = (build, runner.sizes, runner._dtype, layouts, runner._form.choices is not None)
         table = compiled.pop(recipe, None) or compile_all(runner, build, params).table
         compiled[recipe] = table
         for old in list(compiled)[:-KEPT]:

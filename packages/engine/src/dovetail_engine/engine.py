@@ -47,7 +47,7 @@ class Engine:
     Every program is compiled before the constructor returns. Use it as a context manager, or call `close`.
 
     Raises:
-        ValueError: the model has a layer whose cache is not offered.
+        ValueError: the model has a layer whose cache is not offered, or no experts where they are to be kept.
     """
 
     def __init__(
@@ -62,7 +62,8 @@ class Engine:
         sizes = self.options.sizes()
         self._params = Parameters(params)
         dtypes = [leaf.dtype for leaf in jax.tree.leaves(params) if jax.numpy.issubdtype(leaf.dtype, np.floating)]
-        self._runner = Runner(build, params, sizes, self.options.cache_dtype or (dtypes or [np.float32])[0])
+        dtype = self.options.cache_dtype or (dtypes or [np.float32])[0]
+        self._runner = Runner(build, params, sizes, dtype, keep_experts=self.options.keep_experts)
         self._scheduler = Scheduler(
             PagePool(sizes.pages),
             page_size=sizes.page,
@@ -302,10 +303,17 @@ class Engine:
         with self._wake:
             self._counts["tokens_out"] += len(delta.token_ids)
         if delta.finish_reason is not None:
-            self._end(row, delta)
+            self._end(row, self._with_experts(row, delta))
             return
         self._scheduler.accept(row, delta.token_ids)
         self._jobs[row].send(delta)
+
+    def _with_experts(self, row: Row, delta: Delta) -> Delta:
+        """Add what experts the prompt and the reply went to, where that is kept, before the pages are another's."""
+        if not self.options.keep_experts or delta.finish_reason not in ("stop", "length"):
+            return delta
+        count = len(row.tokens) + len(delta.token_ids) - 1
+        return dataclasses.replace(delta, experts=self._runner.experts(row.pages, count))
 
     def _end(self, row: Row, delta: Delta) -> None:
         """Forget a request before its last delta is seen, so that whoever sees it finds the engine without it."""

@@ -8,6 +8,7 @@ afterwards `DecodeMixer.store` writes the new ones to their pages. What recurren
 """
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -18,11 +19,37 @@ from dovetail_engine.states import Pieces, advance, run_pieces
 from dovetail_kernels import einsum, gather_pages, paged_attention, paged_latent_attention, update_pages
 from dovetail_protocols import Recurrence
 
-__all__ = ["Cache", "DecodeMixer", "MixedMixer"]
+__all__ = ["Cache", "DecodeMixer", "Held", "MixedMixer", "stacked_choices"]
 
 Cache = tuple[Any, ...]
 """Keys and values of every layer, latents alone, or the `States` of a recurrent one."""
 _HIDDEN = -1e30  # finite: a row that sees nothing must not become NaN
+
+
+class Held(NamedTuple):
+    """What an engine holds of all sequences.
+
+    Attributes:
+        layers: what each layer looks at.
+        choices: int16 ``[pages, page_size, layers, k]``, the experts of each token; None where they are not kept.
+    """
+
+    layers: Cache
+    choices: Any = None
+
+    def noted(self, chosen: Any, pages: jax.Array, slots: jax.Array) -> Any:
+        """Return the choices with those of tokens, ``[tokens, layers, k]``, that have these pages and slots."""
+        if self.choices is None:
+            return None
+        return self.choices.at[pages, slots].set(chosen.astype(self.choices.dtype))
+
+
+def stacked_choices(chosen: Mapping[int, jax.Array] | None, held: Held) -> Any:
+    """Return the choices of all layers, ``[tokens, layers, k]``; -1 in layers without; None where none are kept."""
+    if held.choices is None or not chosen:
+        return None
+    absent = jnp.full_like(next(iter(chosen.values())), -1)
+    return jnp.stack([chosen.get(layer, absent) for layer in range(held.choices.shape[2])], 1)
 
 
 class _Mixer:
@@ -31,9 +58,11 @@ class _Mixer:
         return values[:0]
 
     def choose(self, layer: int, experts: Int[Array, "tokens k"]) -> tuple[Int[Array, "tokens k"], Any]:
-        """Return the router's choice. See `dovetail_protocols.Mixer.choose`."""
-        del layer
-        return experts, self
+        """Return the router's choice, and note it where choices are kept. See `dovetail_protocols.Mixer.choose`."""
+        mixer: Any = self
+        if mixer.chosen is None:
+            return experts, self
+        return experts, dataclasses.replace(mixer, chosen={**mixer.chosen, layer: experts})
 
 
 @jax.tree_util.register_dataclass
@@ -54,6 +83,7 @@ class MixedMixer(_Mixer):
         tables: int ``[rows, pages_per_row]`` of these sequences.
         lengths: int ``[rows]``: how many tokens they have, the newest included; 0 where there is none.
         pieces: the same chunks and single tokens, as recurrent layers run them; None in models without.
+        chosen: the experts of the tokens by layer, so far; None where they are not kept.
     """
 
     cache: Cache
@@ -65,6 +95,7 @@ class MixedMixer(_Mixer):
     tables: Int[Array, "rows pages_per_row"]
     lengths: Int[Array, " rows"]
     pieces: Pieces | None = None
+    chosen: Mapping[int, jax.Array] | None = None
 
     def recur(
         self, layer: int, recurrence: Recurrence, inputs: tuple[Float[Array, "tokens ..."], ...]
@@ -176,12 +207,14 @@ class DecodeMixer(_Mixer):
         lengths: int ``[rows]``: cached tokens per row when the program began.
         step: how many tokens it made before this one.
         steps: room for new tokens.
+        chosen: the experts of the tokens by layer, so far; None where they are not kept.
     """
 
     work: Cache
     lengths: Int[Array, " rows"]
     step: Int[Array, ""]
     steps: int = dataclasses.field(metadata={"static": True})
+    chosen: Mapping[int, jax.Array] | None = None
 
     @classmethod
     def load(cls, cache: Cache, batch: Any, steps: int) -> "DecodeMixer":

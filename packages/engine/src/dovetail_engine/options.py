@@ -22,6 +22,8 @@ class EngineOptions:
         cache_tokens: tokens that the cache holds; None for ``max_running * max_length``. With fewer the youngest
             request is set back when the cache is full, and computed again.
         cache_dtype: dtype of keys and values; None for that of the parameters.
+        keep_experts: the last delta of a reply tells which experts its tokens went to, so that they can be trained with
+            the same (`dovetail_kernels.DenseMixer.of`'s `choices`).
     """
 
     max_running: int = 8
@@ -31,6 +33,7 @@ class EngineOptions:
     page_size: int = 16
     cache_tokens: int | None = None
     cache_dtype: Any = None
+    keep_experts: bool = False
 
     def __post_init__(self) -> None:
         for name in ("max_running", "chunk_tokens", "decode_steps", "page_size"):

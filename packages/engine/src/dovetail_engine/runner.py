@@ -8,14 +8,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Int
 
-from dovetail_engine.mixers import Cache
+from dovetail_engine.mixers import Held
 from dovetail_engine.pages import TRASH, pages_for
 from dovetail_engine.programs import Programs, bucket, buckets
 from dovetail_engine.scheduler import Chunk, Plan
 from dovetail_engine.scheduler import Sequence as Row
 from dovetail_engine.states import Pieces
-from dovetail_engine.steps import Build, DecodeBatch, MixedBatch, Sampled, decode, mixed
+from dovetail_engine.steps import Build, DecodeBatch, MixedBatch, Sampled, chosen, decode, mixed
 from dovetail_kernels import Sampling
 from dovetail_protocols import (
     CacheSpec,
@@ -105,37 +106,61 @@ class Runner:
         params: only their shapes and layouts matter here.
         sizes: of all programs.
         dtype: of the cache.
+        keep_experts: note which experts tokens go to.
 
     Raises:
-        ValueError: a layer needs a kind of cache that is not offered.
+        ValueError: a layer needs a kind of cache that is not offered, or there are no experts to keep.
     """
 
-    def __init__(self, build: Build, params: Any, sizes: Sizes, dtype: Any) -> None:
+    def __init__(self, build: Build, params: Any, sizes: Sizes, dtype: Any, *, keep_experts: bool = False) -> None:
         model = build(params)
         self.vocab_size: int = model.vocab_size
         specs = model.cache_specs()
         recurs = [isinstance(spec, RecurrentCache) for spec in specs]
         self.sizes, self.recurs = dataclasses.replace(sizes, attends=not all(recurs)), any(recurs)
         self._dtype = jnp.dtype(dtype)
-        self._form = tuple(_cache_form(spec, sizes, self._dtype) for spec in specs)
+        self._form = Held(tuple(_cache_form(spec, sizes, self._dtype) for spec in specs))
+        if keep_experts:
+            self._form = self._form._replace(choices=self._choices_form(build, params))
         self.reset()
         self.programs = self._compile(build, params)
+
+    def _choices_form(self, build: Build, params: Any) -> Any:
+        batch = self._blank("mixed", self.sizes.token_buckets[0], 0)
+        found = jax.eval_shape(functools.partial(chosen, build), params, self._form, batch)
+        if not found:
+            raise ValueError("keep_experts=True, but no layer of the model has experts; leave it out")
+        shape = (self.sizes.pages, self.sizes.page, len(self._form.layers), next(iter(found.values())).shape[1])
+        return jax.ShapeDtypeStruct(shape, jnp.int16)
+
+    def experts(self, pages: Sequence[int], count: int) -> Int[np.ndarray, "layers count k"]:
+        """Return the experts of a sequence's first tokens, int32 ``[layers, count, k]``, of the pages that it has."""
+        table = np.full(self.sizes.length // self.sizes.page, TRASH, np.int32)
+        table[: len(pages)] = pages
+        found = np.asarray(self.programs(("experts", 0, 0), self._cache.choices, table), np.int32)
+        return found.reshape(-1, *found.shape[2:])[:count].transpose(1, 0, 2)
 
     def _compile(self, build: Build, params: Any) -> Programs:
         shapes = (jax.tree.map(_described, params), jax.tree.map(_described, self._cache))
         programs = {"mixed": mixed, "decode": decode}
         jitted = {name: jax.jit(functools.partial(f, build), donate_argnums=1) for name, f in programs.items()}
-        return Programs.compile(
-            lambda name, *size: jitted[name].lower(*shapes, self._blank(name, *size)), self.sizes.keys()
-        )
+        pages = jax.ShapeDtypeStruct((self.sizes.length // self.sizes.page,), jnp.int32)
+
+        def lower(name: str, *size: int) -> Any:
+            if name == "experts":
+                return jax.jit(lambda choices, pages: choices[pages]).lower(shapes[1].choices, pages)
+            return jitted[name].lower(*shapes, self._blank(name, *size))
+
+        kept = [] if self._form.choices is None else [("experts", 0, 0)]
+        return Programs.compile(lower, [*self.sizes.keys(), *kept])
 
     def reset(self) -> None:
         """Make the cache anew (what was in it is lost)."""
-        self._cache: Cache = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype)), self._form)
+        self._cache: Held = jax.tree.map(lambda x: jax.device_put(np.zeros(x.shape, x.dtype)), self._form)
 
     def release(self) -> None:
         """Free the cache; nothing can be run any more."""
-        self._cache = ()
+        self._cache = Held(())
 
     @property
     def broken(self) -> bool:

@@ -4,18 +4,19 @@ Both run the model's one forward with a paged mixer and sample on the device. No
 program serves every mix of temperatures, filters, seeds, stop tokens and log-probabilities.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from dovetail_engine.mixers import Cache, DecodeMixer, MixedMixer
+from dovetail_engine.mixers import DecodeMixer, Held, MixedMixer, stacked_choices
 from dovetail_engine.states import Pieces
 from dovetail_kernels import Sampling, logprobs, sample, top_logprobs
 from dovetail_protocols import LanguageModel
 
-__all__ = ["TOP", "DecodeBatch", "MixedBatch", "Sampled", "decode", "mixed"]
+__all__ = ["TOP", "DecodeBatch", "MixedBatch", "Sampled", "chosen", "decode", "mixed"]
 
 TOP = 21
 """The likeliest tokens that a program reports, at most: twenty alternatives and the chosen one."""
@@ -91,11 +92,24 @@ class DecodeBatch(NamedTuple):
     how: Sampling
 
 
-def mixed(build: Build, params: Any, cache: Cache, batch: MixedBatch) -> tuple[Cache, Sampled]:
+def mixed(build: Build, params: Any, held: Held, batch: MixedBatch) -> tuple[Held, Sampled]:
     """Write chunks and single tokens to the cache and sample the token after each."""
     model = build(params)
+    hidden, mixer = _run_mixed(model, held, batch, {} if held.choices is not None else None)
+    sampled = _sample(model.unembed(hidden[batch.last]), batch.how, batch.tops)
+    page = 1 if held.choices is None else held.choices.shape[1]
+    choices = held.noted(stacked_choices(mixer.chosen, held), batch.pages, batch.positions % page)
+    return Held(mixer.cache, choices), jax.tree.map(lambda x: x[None], sampled)
+
+
+def chosen(build: Build, params: Any, held: Held, batch: MixedBatch) -> dict[int, Any]:
+    """Return the experts of the tokens by layer; to be traced for their shapes."""
+    return dict(_run_mixed(build(params), held, batch, {})[1].chosen or {})
+
+
+def _run_mixed(model: LanguageModel, held: Held, batch: MixedBatch, chosen: Any) -> tuple[jax.Array, MixedMixer]:
     mixer = MixedMixer(
-        cache,
+        held.layers,
         batch.segments,
         batch.positions,
         batch.pages,
@@ -104,31 +118,35 @@ def mixed(build: Build, params: Any, cache: Cache, batch: MixedBatch) -> tuple[C
         batch.tables,
         batch.lengths,
         batch.pieces,
+        chosen,
     )
     hidden, _, mixer = model.hidden(batch.tokens, batch.positions, mixer)
-    sampled = _sample(model.unembed(hidden[batch.last]), batch.how, batch.tops)
-    return mixer.cache, jax.tree.map(lambda x: x[None], sampled)
+    return hidden, mixer
 
 
-def decode(build: Build, params: Any, cache: Cache, batch: DecodeBatch) -> tuple[Cache, Sampled]:
+def decode(build: Build, params: Any, held: Held, batch: DecodeBatch) -> tuple[Held, Sampled]:
     """Run decode steps until all rows are at their end; write their tokens to the cache."""
     model = build(params)
     room, rows = batch.pages.shape[1], len(batch.tokens)
-    mixer = DecodeMixer.load(cache, batch, room)
+    mixer = DecodeMixer.load(held.layers, batch, room)
 
     def going(carry: Any) -> jax.Array:
-        step, _, left, _, _ = carry
+        step, _, left, _, _, _ = carry
         return (step < batch.steps) & jnp.any(left > 0)
 
     def body(carry: Any) -> Any:
-        step, tokens, left, mixer, out = carry
+        step, tokens, left, mixer, out, choices = carry
+        mixer = dataclasses.replace(mixer, chosen=None if choices is None else {})
         hidden, _, mixer = model.hidden(tokens, batch.lengths + step, mixer)
+        if choices is not None:
+            now = stacked_choices(mixer.chosen, held).astype(choices.dtype)
+            choices = jax.lax.dynamic_update_index_in_dim(choices, now, step, 1)
         how = batch.how._replace(position=batch.how.position + step)
         sampled = _sample(model.unembed(hidden), how, batch.tops)
         out = jax.tree.map(lambda all, one: jax.lax.dynamic_update_index_in_dim(all, one, step, 0), out, sampled)
         ended = jnp.any(sampled.tokens[:, None] == batch.stops, 1)
         left = jnp.where(ended, 0, left - 1)
-        return step + 1, sampled.tokens, left, DecodeMixer(mixer.work, mixer.lengths, step + 1, room), out
+        return step + 1, sampled.tokens, left, DecodeMixer(mixer.work, mixer.lengths, step + 1, room), out, choices
 
     empty = Sampled(
         jnp.zeros((room, rows), jnp.int32),
@@ -136,9 +154,12 @@ def decode(build: Build, params: Any, cache: Cache, batch: DecodeBatch) -> tuple
         jnp.zeros((room, rows, TOP), jnp.int32),
         jnp.zeros((room, rows, TOP), jnp.float32),
     )
-    start = (jnp.int32(0), batch.tokens, batch.left, mixer, empty)
-    _, _, _, mixer, out = jax.lax.while_loop(going, body, start)
-    return mixer.store(cache, batch), out
+    kept = None if held.choices is None else jnp.zeros((rows, room, *held.choices.shape[2:]), held.choices.dtype)
+    start = (jnp.int32(0), batch.tokens, batch.left, mixer, empty, kept)
+    _, _, _, mixer, out, kept = jax.lax.while_loop(going, body, start)
+    places = batch.lengths[:, None] + jnp.arange(room, dtype=jnp.int32)
+    page = 1 if held.choices is None else held.choices.shape[1]
+    return Held(mixer.store(held.layers, batch), held.noted(kept, batch.pages, places % page)), out
 
 
 def _sample(logits: jax.Array, how: Sampling, tops: jax.Array) -> Sampled:

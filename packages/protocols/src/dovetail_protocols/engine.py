@@ -93,6 +93,8 @@ class Delta:
         version: version of the parameters that produced the tokens.
         finish_reason: set on the last delta.
         error: why, when the reason is ``error``.
+        experts: on the last delta of an engine that keeps them: int ``[layers, tokens, k]``, which experts the prompt
+            and the reply went to, but for the reply's last token, which went nowhere; -1 in layers without.
     """
 
     token_ids: tuple[int, ...] = ()
@@ -101,6 +103,7 @@ class Delta:
     version: int = 0
     finish_reason: FinishReason | None = None
     error: str | None = None
+    experts: Any = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -113,6 +116,7 @@ class Completion:
     logprobs: tuple[TokenLogprob, ...] | None = None
     versions: tuple[int, ...] = ()
     error: str | None = None
+    experts: Any = None
 
     @classmethod
     def join(cls, deltas: Sequence[Delta]) -> "Completion":
@@ -131,6 +135,7 @@ class Completion:
             logprobs=tuple(x for part in parts for x in part) if parts else None,
             versions=tuple(d.version for d in deltas for _ in d.token_ids),
             error=deltas[-1].error,
+            experts=deltas[-1].experts,
         )
 
 
