@@ -4,14 +4,17 @@ Runs of different models are given the same minutes on the same machine: what a 
 learning rate is planned over the steps that fit, which are found by timing some first.
 """
 
+import argparse
 import json
+import statistics
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 import dovetail_data as data
 import dovetail_models as models
@@ -54,6 +57,14 @@ def prepare(out: Path, seed: int, corpus: data.Corpus | None = None) -> Text:
         data.build_cache(documents, tokenizer, out / "cache")
     tokenizer = text.Tokenizer.from_pretrained(out / "tokenizer")
     return Text(tokenizer, *data.TokenCache.open(out / "cache").split(0.05, seed=seed))
+
+
+def llama(given: Text, seed: int) -> models.Llama:
+    """A model of 1.2 million parameters."""
+    config = models.LlamaConfig(
+        vocab_size=given.tokenizer.vocab_size, features=128, hidden=352, layers=4, heads=4, kv_heads=2, tied=True
+    )
+    return models.Llama(config, rngs=nnx.Rngs(seed))
 
 
 def run(
@@ -108,6 +119,30 @@ def _seconds_per_step(params: Any, loss: Any, optimizer: Any, plan: Any, count: 
         trainer.step(plan.at(step))
     jax.block_until_ready(trainer.params)
     return (time.perf_counter() - started) / count
+
+
+def seeds(
+    parser: argparse.ArgumentParser, name: str, compare: Callable[[Path, float, int], dict[str, list[Point]]]
+) -> None:
+    """Run ``compare(out, minutes, seed)`` for every seed that is asked for; print and write what came out.
+
+    The first curve is what the second is to beat.
+    """
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=10.0)
+    parser.add_argument("--seeds", type=int, default=3)
+    options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    curves = list[dict[str, list[Point]]]()
+    for seed in range(options.seeds):
+        curves.append(compare(options.out, options.minutes, seed))
+        for label, curve in curves[-1].items():
+            ends = " to ".join(f"{point.bits_per_byte:.4f}" for point in (curve[0], curve[-1]))
+            print(f"seed {seed}, {label}: {ends} bits per byte in {curve[-1].step} steps", flush=True)
+    command = f"python integration/pipelines/{name}.py --minutes {options.minutes:g} --seeds {options.seeds}"
+    write(options.out, name, curves, command)
+    known, new = (statistics.median(one[label][-1].bits_per_byte for one in curves) for label in curves[0])
+    print(f"median: {known:.4f} against {new:.4f}: {'better' if new < known else 'a miss'}")
 
 
 def write(out: Path, name: str, curves: Sequence[Mapping[str, Sequence[Point]]], command: str) -> None:

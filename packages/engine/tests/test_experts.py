@@ -1,5 +1,6 @@
 """An engine that keeps experts tells those that a plain forward chooses, so that the same can be trained."""
 
+import dataclasses
 import functools
 
 import jax
@@ -29,24 +30,40 @@ def sparse():
     return functools.partial(merge, definition), params
 
 
-class Noting(DenseMixer):
-    """Keeps what routers choose."""
+@dataclasses.dataclass
+class Noting:
+    """Keeps what routers choose, and leaves the rest to a dense mixer."""
 
-    per_layer = True
+    inner: DenseMixer
+    kept: dict
+
+    def attend(self, layer, query, key, value, **options):
+        return self.inner.attend(layer, query, key, value, **options)[0], self
 
     def choose(self, layer, experts):
         self.kept[layer] = experts
         return experts, self
 
 
-def chosen(tokens):
-    """Return the experts of a row, [layers, tokens, k], and the gap to the next expert's score."""
+@functools.cache
+def forward():
+    """Return a jitted function of 64 tokens to their experts, [layers, 64, k]."""
     build, params = sparse()
-    model, kept = build(params), {}
-    mixer = Noting.of(jnp.asarray(tokens, jnp.int32)[None])
-    object.__setattr__(mixer, "kept", kept)
-    model.hidden(jnp.asarray(tokens, jnp.int32), jnp.arange(len(tokens), dtype=jnp.int32), mixer)
-    return np.stack([kept.get(layer, np.full((len(tokens), TOP), -1)) for layer in range(LAYERS)])
+
+    @jax.jit
+    def run(tokens):
+        kept, places = {}, jnp.arange(64, dtype=jnp.int32)
+        build(params).hidden(tokens, places, Noting(DenseMixer.of(tokens[None]), kept))
+        return jnp.stack([kept.get(layer, jnp.full((64, TOP), -1)) for layer in range(LAYERS)])
+
+    return run
+
+
+def chosen(tokens):
+    """Return the experts of a row, [layers, tokens, k]."""
+    padded = np.zeros(64, np.int32)
+    padded[: len(tokens)] = tokens
+    return np.asarray(forward()(jnp.asarray(padded)))[:, : len(tokens)]
 
 
 @pytest.mark.parametrize(
