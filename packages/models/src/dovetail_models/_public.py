@@ -6,6 +6,7 @@ from dovetail_models.conversion import convert
 from dovetail_models.decoder import Block, Decoder, DecoderConfig, StackConfig
 from dovetail_models.deepseek_v2 import DeepseekV2, DeepseekV2Config
 from dovetail_models.deepseek_v3 import DeepseekV3, DeepseekV3Config
+from dovetail_models.depth import prune_layers, repeat_layers
 from dovetail_models.description import Description, ParameterGroup, describe
 from dovetail_models.encoder import EncoderConfig
 from dovetail_models.family import FAMILIES, Family
@@ -21,9 +22,11 @@ from dovetail_models.hf_rules import attention_rules, decoder_rules, expert_rule
 from dovetail_models.hub import HubError
 from dovetail_models.huggingface import config_from_hf, config_to_hf, from_pretrained, save_pretrained, weight_map
 from dovetail_models.layers import MLP, GatedMLP, GroupedAttention, LayerNorm, RMSNorm, Rotary
+from dovetail_models.layout import stacked, unstacked
 from dovetail_models.lazy_model import LazyModel, elementwise, lazy, surgery
 from dovetail_models.llama import Llama, LlamaConfig
 from dovetail_models.mamba2 import Mamba2, Mamba2Config
+from dovetail_models.merging import merge_models
 from dovetail_models.mistral import Mistral, MistralConfig
 from dovetail_models.mixtral import Mixtral, MixtralConfig
 from dovetail_models.moe import Experts, SparseConfig, SparseMLP, sparse_mlp
@@ -31,6 +34,8 @@ from dovetail_models.mup import maximal_update
 from dovetail_models.olmo2 import Olmo2, Olmo2Config
 from dovetail_models.olmo3 import Olmo3, Olmo3Config
 from dovetail_models.phi3 import Phi3, Phi3Config
+from dovetail_models.prunable import output_norms, strongest
+from dovetail_models.pruning import prune_experts, prune_heads, prune_hidden
 from dovetail_models.qwen2 import Qwen2, Qwen2Config
 from dovetail_models.qwen3 import Qwen3, Qwen3Config
 from dovetail_models.qwen3_moe import Qwen3Moe, Qwen3MoeConfig
@@ -51,6 +56,8 @@ from dovetail_models.state import abstract, init, logical_axes, merge, placement
 from dovetail_models.t5_encoder import T5EncoderConfig, T5EncoderModel
 from dovetail_models.upcycling import upcycle
 from dovetail_models.vit import ViTClassifierConfig, ViTConfig, ViTForImageClassification, ViTModel
+from dovetail_models.vocabulary import resize_vocabulary
+from dovetail_models.widening import widen
 
 __all__ = [
     "ACTIVATIONS",
@@ -157,13 +164,25 @@ __all__ = [
     "logical_axes",
     "maximal_update",
     "merge",
+    "merge_models",
     "mlp_rules",
     "outer_rules",
+    "output_norms",
     "placements",
+    "prune_experts",
+    "prune_heads",
+    "prune_hidden",
+    "prune_layers",
+    "repeat_layers",
+    "resize_vocabulary",
     "save_pretrained",
     "sparse_mlp",
     "split",
+    "stacked",
+    "strongest",
     "surgery",
+    "unstacked",
     "upcycle",
     "weight_map",
+    "widen",
 ]

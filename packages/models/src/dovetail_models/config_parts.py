@@ -1,6 +1,8 @@
 """Parts of some families' configurations: windows, and heads of which rotary embeddings turn a share."""
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 from dovetail_models.decoder import DecoderConfig
 from dovetail_models.layers import Rotary
@@ -42,6 +44,11 @@ class LayerWindowsConfig(DecoderConfig):
             raise ValueError(f"windows={self.windows}; expected one for each of {self.layers} layers, or None")
         if any(window is not None and window < 1 for window in self.windows):
             raise ValueError(f"windows={self.windows}; expected numbers of at least 1, or None for all tokens")
+
+    def rearranged(self, order: Sequence[int]) -> dict[str, Any]:
+        """See `StackConfig.rearranged`."""
+        windows = None if self.windows is None else tuple(self.windows[i] for i in order)
+        return {**super().rearranged(order), "windows": windows}
 
     def window_of(self, index: int) -> int | None:
         """Return the window of a layer; None for none."""

@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from typing import Any, ClassVar, TypeAlias
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,13 @@ class StackConfig:
         """Logits become ``cap * tanh(logits / cap)``."""
         return None
 
+    def rearranged(self, order: Sequence[int]) -> dict[str, Any]:
+        """Return the fields that change where these layers, in this order, become the layers; see `repeat_layers`.
+
+        A family that tells its layers apart adds the fields that do.
+        """
+        return {"layers": len(order)}
+
     def norm(self, dtype: Any) -> Norm:
         """Return a norm of the residual stream."""
         return RMSNorm(self.features, eps=self.norm_eps, offset=self.norm_offset, dtype=dtype)
@@ -112,13 +120,15 @@ class DecoderConfig(StackConfig):
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling | None = None
     max_position: int = 2048
+    divided: ClassVar[bool] = True
+    """Heads share the features where they have no size of their own."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("hidden", "heads", "max_position"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
-        if self.head_dim is None and self.features % self.heads:
+        if self.divided and self.head_dim is None and self.features % self.heads:
             raise ValueError(f"features={self.features} is no multiple of heads={self.heads}; set head_dim")
         if self.kv_heads is not None and (self.kv_heads < 1 or self.heads % self.kv_heads):
             raise ValueError(f"kv_heads={self.kv_heads}; expected a divisor of heads={self.heads}")

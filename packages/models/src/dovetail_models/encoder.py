@@ -6,6 +6,7 @@ tokens-major as in decoders, so that both use the same layers. An encoder keeps 
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import jax
@@ -73,6 +74,10 @@ class EncoderConfig:
     def init(self) -> Initializer:
         """How weights begin."""
         return nnx.initializers.normal(self.init_std)
+
+    def rearranged(self, order: Sequence[int]) -> dict[str, Any]:
+        """Return the fields that change where these layers, in this order, become the layers; see `repeat_layers`."""
+        return {"layers": len(order)}
 
     def norm(self, dtype: Any) -> "LayerNorm":
         """Return a norm of the residual stream."""

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -45,6 +45,7 @@ class LatentConfig(SharedExpertsConfig):
     rope_dim: int
     value_dim: int
     attention_bias: bool = False
+    divided: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
         sizes = ("latent_dim", "nope_dim", "rope_dim", "value_dim")

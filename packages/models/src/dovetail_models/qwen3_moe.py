@@ -1,7 +1,7 @@
 """The Qwen3-MoE family: a Qwen3 whose MLPs are mixtures of experts, in all layers or in some (arXiv:2505.09388)."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dovetail_models.config_parts import WindowConfig
@@ -46,6 +46,11 @@ class QwenSparseConfig(SparseConfig):
     def select(self) -> Selection:
         """See `SparseConfig.select`."""
         return dataclasses.replace(super().select, renormalize=self.renormalize)
+
+    def rearranged(self, order: Sequence[int]) -> dict[str, Any]:
+        """See `StackConfig.rearranged`."""
+        dense = tuple(place for place, i in enumerate(order) if not self.is_sparse(i))
+        return {**super().rearranged(order), "sparse_step": 1, "dense_layers": dense}
 
     def is_sparse(self, index: int) -> bool:
         """Tell whether a layer has experts."""

@@ -1,7 +1,7 @@
 """The Qwen3-Next family: gated delta nets and, every few layers, gated attention; experts and a shared one."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -64,6 +64,10 @@ class Qwen3NextConfig(QwenSparseConfig, PartlyTurnedConfig):
     def norm_offset(self) -> float:
         """Weights of norms are stored less 1."""
         return 1.0
+
+    def rearranged(self, order: Sequence[int]) -> dict[str, Any]:
+        """See `StackConfig.rearranged`."""
+        return {**super().rearranged(order), "linear": tuple(self.is_linear(i) for i in order)}
 
     def is_linear(self, index: int) -> bool:
         """Tell whether a layer is recurrent."""

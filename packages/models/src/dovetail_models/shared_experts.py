@@ -1,6 +1,7 @@
 """Layers with experts of which some see every token, after some dense layers (DeepSeekMoE, arXiv:2401.06066)."""
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 from dovetail_kernels import ExpertGroups
@@ -40,6 +41,10 @@ class SharedExpertsConfig(SparseConfig):
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
         super().__post_init__()
         _check_groups(self)
+
+    def rearranged(self, order: Sequence[int]) -> dict[str, Any]:
+        """See `StackConfig.rearranged`; no field can say that a dense layer comes after one with experts."""
+        return {**super().rearranged(order), "first_dense": sum(i < self.first_dense for i in order)}
 
     @property
     def select(self) -> Selection:

@@ -1,7 +1,7 @@
 """The SmolLM3 family: a Llama with layers that do not know positions (Kazemnejad et al., arXiv:2305.19466)."""
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dovetail_models.config_parts import LayerWindowsConfig
@@ -37,6 +37,10 @@ class SmolLM3Config(LayerWindowsConfig):
         super().__post_init__()
         if self.rotated is not None and len(self.rotated) != self.layers:
             raise ValueError(f"rotated={self.rotated}; expected one for each of {self.layers} layers, or None")
+
+    def rearranged(self, order: Sequence[int]) -> dict[str, Any]:
+        """See `StackConfig.rearranged`."""
+        return {**super().rearranged(order), "rotated": tuple(self.has_rotary(i) for i in order)}
 
     def has_rotary(self, index: int) -> bool:
         """Tell whether a layer has rotary embeddings."""
