@@ -1,6 +1,5 @@
 """How parameters of several models become one; each is computed part by part, after one look at the whole if needed."""
 
-import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -8,7 +7,7 @@ import numpy as np
 
 from dovetail_models.lazy_parts import Array, uniform
 
-__all__ = ["ELEMENTS", "METHODS", "Dare", "Linear", "Method", "Part", "Slerp", "Ties"]
+__all__ = ["ELEMENTS", "METHODS", "Method", "Part"]
 
 ELEMENTS = 1 << 20
 """Numbers that are computed with at a time."""
@@ -33,23 +32,29 @@ class Part(NamedTuple):
     whole: Any
 
 
-@dataclasses.dataclass(frozen=True)
-class Method:
+class Method(NamedTuple):
     """A way of merging.
 
     Attributes:
+        name: one of `METHODS`.
         weights: of the models.
         has_base: the last of the given parameters is that of the base.
         scale: factor of the merged difference to the base.
+        density: which share of the differences stays.
+        seed: of what stays, where that is drawn.
     """
 
+    name: str
     weights: tuple[float, ...]
     has_base: bool = False
     scale: float = 1.0
+    density: float = 1.0
+    seed: int = 0
 
     def whole(self, readers: Sequence[Callable[[], Array]]) -> Any:
         """Return what `combine` must know of the whole parameter, which `readers` bring into memory."""
-        del readers
+        looks = {"slerp": _slerp_factors, "ties": _thresholds}
+        return looks[self.name](self, readers) if self.name in looks else None
 
     def combine(self, values: Sequence[Array], part: Part) -> Array:
         """Return the merged parameter's part.
@@ -58,91 +63,69 @@ class Method:
             values: of the models' parameters and the base's; they may be overwritten.
             part: which one.
         """
-        raise NotImplementedError
-
-    def over_base(self, values: Sequence[Array], merged: Callable[[list[Array]], Array]) -> Array:
-        """Return the base and what is made of the differences to it."""
+        if not self.has_base:
+            return METHODS[self.name](self, list(values), part)
         *models, base = values
-        return base + self.scale * merged([np.subtract(model, base, out=model) for model in models])
+        differences = [np.subtract(model, base, out=model) for model in models]
+        return base + self.scale * METHODS[self.name](self, differences, part)
 
 
-@dataclasses.dataclass(frozen=True)
-class Linear(Method):
-    """Weighted averages, or sums of differences."""
-
-    def combine(self, values: Sequence[Array], part: Part) -> Array:
-        """See `Method.combine`."""
-        del part
-        if self.has_base:
-            return self.over_base(values, lambda differences: _summed(differences, self.weights))
-        return _summed(values, [weight / sum(self.weights) for weight in self.weights])
+def _linear(method: Method, values: list[Array], part: Part) -> Array:
+    """Return weighted averages, or sums of differences."""
+    del part
+    total = 1.0 if method.has_base else sum(method.weights)
+    return _summed(values, [weight / total for weight in method.weights])
 
 
-@dataclasses.dataclass(frozen=True)
-class Slerp(Method):
-    """Along a great circle (Shoemake, "Animating rotation with quaternion curves", 1985), lengths as they are."""
-
-    def whole(self, readers: Sequence[Callable[[], Array]]) -> tuple[float, float]:
-        """Return the factors of both."""
-        share = self.weights[1] / sum(self.weights)
-        a, b = (read().reshape(-1) for read in readers)
-        lengths = np.sqrt(_product(a, a) * _product(b, b))
-        angle = float(np.arccos(np.clip(_product(a, b) / lengths, -1, 1))) if lengths > 0 else 0.0
-        if not PARALLEL < angle < np.pi - PARALLEL:
-            return 1 - share, share
-        return float(np.sin((1 - share) * angle) / np.sin(angle)), float(np.sin(share * angle) / np.sin(angle))
-
-    def combine(self, values: Sequence[Array], part: Part) -> Array:
-        """See `Method.combine`."""
-        return _summed(values, part.whole)
+def _slerp(method: Method, values: list[Array], part: Part) -> Array:
+    """Return what lies on a great circle (Shoemake, "Animating rotation with quaternion curves", 1985)."""
+    del method
+    return _summed(values, part.whole)
 
 
-@dataclasses.dataclass(frozen=True)
-class Ties(Method):
-    """The largest differences, of one sign."""
-
-    density: float = 1.0
-
-    def whole(self, readers: Sequence[Callable[[], Array]]) -> list[float]:
-        """Return for each model the least size of a difference that stays."""
-        *models, base = readers
-        there = base()
-        return [_threshold(read(), there, self.density) for read in models]
-
-    def combine(self, values: Sequence[Array], part: Part) -> Array:
-        """See `Method.combine`."""
-
-        def merged(differences: list[Array]) -> Array:
-            for difference, least in zip(differences, part.whole, strict=True):
-                difference[np.abs(difference) < least] = 0
-            elected = np.sign(_summed(differences, self.weights))
-            agree = [(elected * np.sign(difference) > 0).astype(difference.dtype) for difference in differences]
-            total = _summed(agree, self.weights)
-            chosen = [mask * difference for mask, difference in zip(agree, differences, strict=True)]
-            return _summed(chosen, self.weights) / np.where(total > 0, total, total.dtype.type(1))
-
-        return self.over_base(values, merged)
+def _slerp_factors(method: Method, readers: Sequence[Callable[[], Array]]) -> tuple[float, float]:
+    """Return the factors of both parameters, whose lengths stay as they are."""
+    share = method.weights[1] / sum(method.weights)
+    a, b = (read().reshape(-1) for read in readers)
+    lengths = np.sqrt(_product(a, a) * _product(b, b))
+    angle = float(np.arccos(np.clip(_product(a, b) / lengths, -1, 1))) if lengths > 0 else 0.0
+    if not PARALLEL < angle < np.pi - PARALLEL:
+        return 1 - share, share
+    return float(np.sin((1 - share) * angle) / np.sin(angle)), float(np.sin(share * angle) / np.sin(angle))
 
 
-@dataclasses.dataclass(frozen=True)
-class Dare(Method):
-    """Differences of which a random share stays."""
-
-    density: float = 1.0
-    seed: int = 0
-
-    def combine(self, values: Sequence[Array], part: Part) -> Array:
-        """See `Method.combine`."""
-
-        def merged(differences: list[Array]) -> Array:
-            for place, difference in enumerate(differences):
-                difference[uniform(self.seed, f"{place}/{part.name}", part.shape, part.index) >= self.density] = 0
-            return _summed(differences, [weight / self.density for weight in self.weights])
-
-        return self.over_base(values, merged)
+def _ties(method: Method, values: list[Array], part: Part) -> Array:
+    """Return means of the largest differences that have the elected sign."""
+    for difference, least in zip(values, part.whole, strict=True):
+        difference[np.abs(difference) < least] = 0
+    elected = np.sign(_summed(values, method.weights))
+    agree = [(elected * np.sign(difference) > 0).astype(difference.dtype) for difference in values]
+    total = _summed(agree, method.weights)
+    chosen = [mask * difference for mask, difference in zip(agree, values, strict=True)]
+    return _summed(chosen, method.weights) / np.where(total > 0, total, total.dtype.type(1))
 
 
-METHODS: dict[str, type[Method]] = {"linear": Linear, "slerp": Slerp, "ties": Ties, "dare": Dare}
+def _thresholds(method: Method, readers: Sequence[Callable[[], Array]]) -> list[float]:
+    """Return for each model the least size of a difference that stays."""
+    *models, base = readers
+    there = base()
+    return [_threshold(read(), there, method.density) for read in models]
+
+
+def _dare(method: Method, values: list[Array], part: Part) -> Array:
+    """Return sums of a random share of the differences, made up for."""
+    for place, difference in enumerate(values):
+        drawn = uniform(method.seed, f"{place}/{part.name}", part.shape, part.index)
+        difference[drawn >= method.density] = 0
+    return _summed(values, [weight / method.density for weight in method.weights])
+
+
+METHODS: dict[str, Callable[[Method, list[Array], Part], Array]] = {
+    "linear": _linear,
+    "slerp": _slerp,
+    "ties": _ties,
+    "dare": _dare,
+}
 
 
 def _summed(parts: Sequence[Array], weights: Sequence[float]) -> Array:

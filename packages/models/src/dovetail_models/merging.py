@@ -86,15 +86,12 @@ def _method(
 ) -> Method:
     if name not in METHODS:
         raise ValueError(f"method={name!r}; expected one of {list(METHODS)}")
-    kind = METHODS[name]
     given = [1 / count] * count if weights is None else [float(weight) for weight in weights]
     if len(given) != count or not all(map(math.isfinite, given)):
         raise ValueError(f"weights={given}; expected a finite number for each of {count} models")
     _check_arguments(name, count, given, has_base=has_base, density=density, scale=scale, seed=seed)
-    fields = {field.name for field in dataclasses.fields(kind)}
-    options = {"density": DENSITY if density is None else density, "seed": seed}
-    chosen = {option: value for option, value in options.items() if option in fields}
-    return kind(tuple(given), has_base, 1.0 if scale is None else scale, **chosen)
+    thinned = DENSITY if density is None else density
+    return Method(name, tuple(given), has_base, 1.0 if scale is None else scale, thinned, seed)
 
 
 def _check_arguments(name: str, count: int, weights: Sequence[float], *, has_base: bool, **given: Any) -> None:

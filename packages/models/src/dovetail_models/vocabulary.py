@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -75,8 +75,7 @@ def resize_vocabulary(
     return checked_shapes(LazyModel(model.family, config, tensors, model.token_ids, model.files))
 
 
-@dataclasses.dataclass(frozen=True)
-class _Recipe:
+class _Recipe(NamedTuple):
     """Sizes and first values; see `resize_vocabulary`."""
 
     size: int
