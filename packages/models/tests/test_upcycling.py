@@ -21,10 +21,11 @@ from dovetail_models import (
     Mixtral,
     from_pretrained,
     lazy,
+    repeat_layers,
     save_pretrained,
     upcycle,
 )
-from dovetail_models.upcycle_command import Upcycle
+from dovetail_models.surgery_commands import Upcycle
 from dovetail_protocols import CommandError
 
 LLAMA = LlamaConfig(vocab_size=24, features=8, hidden=16, layers=2, heads=4, kv_heads=2, init_std=0.5)
@@ -187,10 +188,22 @@ def test_encoders_and_unknown_architectures(tmp_path: Path) -> None:
 def test_the_command(tmp_path: Path, capsys: Any) -> None:
     """It says what it wrote; what does not fit leaves nothing."""
     path = save_pretrained(dense(), tmp_path / "dense")
-    Upcycle(str(path), tmp_path / "sparse", experts=4, top_k=2, layers=(1,)).run()
-    assert "sparse: SparseLlamaForCausalLM, " in capsys.readouterr().out
+
+    def run(destination: str, **options: Any) -> None:
+        Upcycle(source=str(path), destination=tmp_path / destination, **options).run()
+
+    run("sparse", experts=4, top_k=2, layers=(1,))
+    assert f"{tmp_path / 'sparse'}: " in capsys.readouterr().out
     with pytest.raises(CommandError, match="top_k=9"):
-        Upcycle(str(path), tmp_path / "other", experts=4, top_k=9).run()
+        run("other", experts=4, top_k=9)
     with pytest.raises(CommandError, match="overwrite"):
-        Upcycle(str(path), tmp_path / "sparse", experts=4, top_k=2).run()
+        run("sparse", experts=4)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["dense", "sparse"]
+
+
+def test_layers_of_our_own_families_are_repeated(logits: Any) -> None:
+    """Which layers are dense moves with them."""
+    sparse = upcycle(dense("gemma2"), experts=4, top_k=2, layers=[1])
+    deeper = repeat_layers(sparse, [0, 1, 1, 0], zero=True)
+    assert deeper.config.dense_layers == (0, 3)
+    assert largest(logits(deeper, TOKENS), logits(sparse, TOKENS)) < 1e-5

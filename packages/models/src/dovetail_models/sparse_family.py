@@ -6,7 +6,7 @@ know them: their directories name the architecture ``Sparse...`` and hold the ex
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dovetail_models.decoder import Block, Decoder
@@ -39,6 +39,12 @@ class _Fields(Sparsity):
         super().__post_init__()
         if self.expert_hidden < 1:
             raise ValueError(f"expert_hidden={self.expert_hidden}; expected at least 1")
+
+    def rearranged(self, order: Sequence[int]) -> dict[str, Any]:
+        """See `StackConfig.rearranged`."""
+        dense = tuple(place for place, i in enumerate(order) if i in self.dense_layers)
+        changes: dict[str, Any] = super().rearranged(order)  # pyright: ignore[reportAttributeAccessIssue] - of the stack
+        return {**changes, "dense_layers": dense}
 
 
 @functools.cache

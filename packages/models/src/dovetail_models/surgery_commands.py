@@ -1,4 +1,4 @@
-"""The commands ``models.upscale``, ``prune``, ``resize`` and ``merge``: surgery from directory to directory."""
+"""The commands ``models.upcycle``, ``upscale``, ``prune``, ``resize`` and ``merge``: from directory to directory."""
 
 import dataclasses
 from pathlib import Path
@@ -9,7 +9,7 @@ from dovetail_models.commands import user_errors
 if TYPE_CHECKING:
     from dovetail_models.lazy_model import LazyModel
 
-__all__ = ["Merge", "Prune", "Resize", "Upscale"]
+__all__ = ["Merge", "Prune", "Resize", "Upcycle", "Upscale"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,35 @@ class _Changes(_Writes):
         from dovetail_models.lazy_model import lazy
 
         return lazy(self.source, family=self.family, revision=self.revision)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Upcycle(_Changes):
+    """Write a mixture of experts that begins as a dense model: its MLPs become copies, or slices of copies."""
+
+    experts: int = 8
+    """How many experts a layer has."""
+    top_k: int = 2
+    """How many experts a token chooses."""
+    granularity: int = 1
+    """Slices of a copy, each an expert; where it divides top_k the model computes what it did."""
+    layers: tuple[int, ...] = ()
+    """Layers that get experts; default all."""
+    noise: float = 0.0
+    """Standard deviation of what is added to the experts' weights, relative to theirs."""
+    seed: int = 0
+    """Of the noise and of the routers."""
+    native: bool = True
+    """Become a family that transformers knows, where there is one; else the directory is for dovetail alone."""
+
+    def run(self) -> None:
+        """Write it and print what was written."""
+        with user_errors():
+            from dovetail_models.upcycling import upcycle
+
+            names = ("experts", "top_k", "granularity", "noise", "seed", "native")
+            options: dict[str, Any] = {name: getattr(self, name) for name in names}
+            self.write(upcycle(self.opened(), layers=self.layers or None, **options), self.destination)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,7 +7,6 @@ their number, since the weights of a token's experts sum to 1. The model then co
 
 import dataclasses
 import functools
-import zlib
 from collections.abc import Collection
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 
 from dovetail_models.family import Family, architecture_family
 from dovetail_models.lazy_model import LazyModel, surgery
+from dovetail_models.lazy_parts import generator
 from dovetail_models.sparse_family import sparse_family
 from dovetail_weights import Lazy
 
@@ -56,7 +56,7 @@ class _Plan:
                 inside[axis] = slice(index[axis].start + first, index[axis].stop + first)
             value = source.read(tuple(inside))
             if self.noise and not name.endswith("_bias"):
-                rng = np.random.default_rng((self.seed, zlib.crc32(address.encode()), expert))
+                rng = generator(self.seed, f"{address}[{expert}]")
                 value = value + spread() * rng.standard_normal(shape, np.float32)[index]
             return value * factor if factor != 1 else value
 
@@ -73,8 +73,9 @@ class _Plan:
         """Return the router's weight, ``[features, experts]``."""
 
         def read(index: Any) -> Any:
-            rng = np.random.default_rng((self.seed, zlib.crc32(address.encode())))
-            weight = std * rng.standard_normal((features, self.experts // self.slices), np.float32)
+            weight = std * generator(self.seed, address).standard_normal(
+                (features, self.experts // self.slices), np.float32
+            )
             return np.repeat(weight, self.slices, axis=1)[index].astype(dtype)
 
         return Lazy((features, self.experts), np.dtype(dtype), read)
