@@ -208,3 +208,8 @@ def test_families_whose_outputs_are_unknown_are_refused() -> None:
     kept = {a: x for a, x in tensors.items() if "/attention/query" in a or "layers" not in a}
     with pytest.raises(ValueError, match="no parameters like"):
         repeat_layers(LazyModel(family, config, kept), [0, 0], zero=True)
+
+
+def test_indices_are_integers(build: Any, untyped: None) -> None:
+    with pytest.raises(TypeError, match="integer"):
+        repeat_layers(build(), [0.5])  # pyright: ignore[reportArgumentType]

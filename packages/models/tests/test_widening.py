@@ -99,3 +99,8 @@ def test_a_directory_in_parts(tmp_path: Path) -> None:
 def test_what_cannot_grow(name: str, options: Any, error: Any, message: str) -> None:
     with pytest.raises(error, match=message):
         widen(made(name), **options)
+
+
+def test_factors_are_integers(untyped: None) -> None:
+    with pytest.raises(TypeError, match="integer"):
+        widen(made("mistral"), features=1.5)  # pyright: ignore[reportArgumentType]

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import operator
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
@@ -131,9 +132,10 @@ def checked_indices(what: str, indices: Sequence[int], count: int) -> list[int]:
     """Return indices.
 
     Raises:
+        TypeError: one is no integer.
         ValueError: there are none, or one is outside of ``range(count)``.
     """
-    chosen = [int(index) for index in indices]
+    chosen = [operator.index(index) for index in indices]
     wrong = [index for index in chosen if not 0 <= index < count]
     if wrong or not chosen:
         raise ValueError(f"{what}: {chosen or 'none'}; expected at least one, each from 0 to {count - 1}")

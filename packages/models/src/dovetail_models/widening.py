@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import operator
 from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple
 
@@ -59,7 +60,7 @@ def widen(
         seed: of the differences.
 
     Raises:
-        TypeError: it is no decoder.
+        TypeError: it is no decoder, or a factor no integer.
         ValueError: a factor is below 1, `noise` out of range, or the family cannot grow so: `Gpt2` must grow features
             and heads alike, since one follows from the other; a `Mamba2` its features alone; heads that look further
             ahead join two streams, and must go first.
@@ -71,6 +72,7 @@ def widen(
     >>> wide.layers[0].mlp.up.get_value().shape
     (16, 48)
     """
+    features, hidden, heads = (operator.index(factor) for factor in (features, hidden, heads))
     growth = {"embed": features, "mlp": hidden, "heads": heads, "kv_heads": heads}
     if min(growth.values()) < 1 or not 0 <= noise < 1:
         raise ValueError(
