@@ -168,7 +168,7 @@ def test_pruned_layers(build: Any, small: Any, logits: Any) -> None:
 def test_kinds_that_a_configuration_cannot_say() -> None:
     """Named with what differs, and with the layers that would fit."""
     with pytest.raises(
-        ValueError, match=r"layer 1 cannot be .* layer 1: DeepseekV2Config .*type='Block'.*fit there: \[0\]"
+        ValueError, match=r"layer 1 cannot be .* layer 1: DeepseekV2Config .*type='GatedMLP'.*fit there: \[0\]"
     ):
         repeat_layers(made("deepseek_v2"), [0, 1, 0])
     with pytest.raises(
