@@ -1,5 +1,6 @@
 """What all functions of a linear layer's output check and prepare in the same way."""
 
+import dataclasses
 from typing import Any, Literal
 
 import jax
@@ -7,9 +8,9 @@ import jax.numpy as jnp
 from jax.core import Tracer
 
 from dovetail_kernels.operation import Call
-from dovetail_protocols import QuantizedArray
+from dovetail_protocols import LowRankArray, QuantizedArray, as_array
 
-__all__ = ["check_head", "check_rows", "check_static", "dequantized", "only", "weighted", "whole_vocabulary"]
+__all__ = ["check_head", "check_rows", "check_static", "dense", "only", "weighted", "whole_vocabulary"]
 
 
 def check_head(hidden: Any, weight: Any, bias: Any, softcap: float | None, vocab_axis: str | None = None) -> None:
@@ -52,9 +53,11 @@ def check_rows(hidden: Any, *, tokens: Any = None, targets: Any = None, loss_wei
             raise ValueError(f"{name} has shape {array.shape}; expected {hidden.shape[:1]}")
 
 
-def dequantized(weight: Any) -> jax.Array:
-    """Return a weight as an array; a quantized one has no gradient."""
-    return jax.lax.stop_gradient(weight.dequantize()) if isinstance(weight, QuantizedArray) else weight
+def dense(weight: Any) -> jax.Array:
+    """Return a weight as an array; a quantized one has no gradient, but its adapter has."""
+    if isinstance(weight, LowRankArray):
+        return dataclasses.replace(weight, base=dense(weight.base)).dense()
+    return jax.lax.stop_gradient(as_array(weight)) if isinstance(weight, QuantizedArray) else weight
 
 
 def only(live: jax.Array, tree: Any) -> Any:

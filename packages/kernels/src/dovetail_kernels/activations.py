@@ -18,7 +18,7 @@ from jaxtyping import Array, Float
 from dovetail_kernels._dtypes import exact
 from dovetail_kernels.operation import Implementation, Operation, Wanted
 from dovetail_kernels.seam import einsum
-from dovetail_protocols import QuantizedArray
+from dovetail_protocols import LowRankArray, QuantizedArray
 
 __all__ = ["GATED_LINEAR_UNIT", "Activation", "Clamped", "gated_linear_unit", "gated_product"]
 
@@ -59,8 +59,8 @@ _FUNCTIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 def gated_linear_unit(
     x: Float[Array, "*tokens features"],
-    gate: Float[Array, "features hidden"] | Float[Array, "features 2 hidden"] | QuantizedArray,
-    up: Float[Array, "features hidden"] | QuantizedArray | None = None,
+    gate: Float[Array, "features hidden"] | Float[Array, "features 2 hidden"] | QuantizedArray | LowRankArray,
+    up: Float[Array, "features hidden"] | QuantizedArray | LowRankArray | None = None,
     *,
     activation: Activation = "silu",
     gate_bias: Float[Array, " hidden"] | Float[Array, "2 hidden"] | None = None,
@@ -161,7 +161,7 @@ def _reference(
 
 def _both(x: jax.Array, weight: Any, bias: jax.Array | None) -> tuple[jax.Array, jax.Array]:
     """Return the products with both halves of a weight ``[features, 2, hidden]``."""
-    if isinstance(weight, QuantizedArray):
+    if isinstance(weight, QuantizedArray | LowRankArray):
         both = _plus(einsum("td,dgf->tgf", x, weight), bias)
         return both[:, 0], both[:, 1]
     # With several devices the hidden axis may be sharded; as a matrix it would not stay so.

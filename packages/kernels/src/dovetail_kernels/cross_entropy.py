@@ -13,10 +13,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Integer
 
 from dovetail_kernels._dtypes import exact, int32
-from dovetail_kernels._head import check_head, check_rows, dequantized, only, weighted, whole_vocabulary
+from dovetail_kernels._head import check_head, check_rows, dense, only, weighted, whole_vocabulary
 from dovetail_kernels._rows import Head, Job, Layer, Softmax, configs, each, find, summed
 from dovetail_kernels.operation import Call, Implementation, Operation, Wanted
-from dovetail_protocols import QuantizedArray
+from dovetail_protocols import LowRankArray, QuantizedArray
 
 __all__ = ["LINEAR_CROSS_ENTROPY", "CrossEntropyOptions", "LossAndZLoss", "linear_cross_entropy"]
 
@@ -65,7 +65,7 @@ class LossAndZLoss(NamedTuple):
 
 def linear_cross_entropy(
     hidden: Float[Array, "tokens features"],
-    weight: Float[Array, "features vocab"] | QuantizedArray,
+    weight: Float[Array, "features vocab"] | QuantizedArray | LowRankArray,
     targets: Integer[Array, " tokens"],
     *,
     loss_weights: Float[Array, " tokens"] | Bool[Array, " tokens"] | None = None,
@@ -83,7 +83,8 @@ def linear_cross_entropy(
 
     Args:
         hidden: final hidden states.
-        weight: unembedding; a QuantizedArray is used dequantized and gets no gradient.
+        weight: unembedding; a QuantizedArray is used dequantized and gets no gradient; a LowRankArray is
+            added up, and the gradient of the whole is made on the way to its parts.
         targets: the right token of each row. One outside ``[0, vocab)`` makes the loss NaN.
         loss_weights: default 1 for every row; booleans are a mask. A row of weight 0 may hold anything, NaN and wrong
             targets included.
@@ -118,7 +119,7 @@ def linear_cross_entropy(
     loss, z_loss = LINEAR_CROSS_ENTROPY(
         implementation,
         hidden=hidden,
-        weight=dequantized(weight),
+        weight=dense(weight),
         targets=targets,
         loss_weights=weights,
         bias=bias,

@@ -14,10 +14,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Integer
 
 from dovetail_kernels._dtypes import exact, int32
-from dovetail_kernels._head import check_head, check_rows, check_static, dequantized, only, weighted
+from dovetail_kernels._head import check_head, check_rows, check_static, dense, only, weighted
 from dovetail_kernels._rows import Head, Job, Layer, Softmax, configs, each, summed
 from dovetail_kernels.operation import Call, Implementation, Operation, Wanted
-from dovetail_protocols import QuantizedArray
+from dovetail_protocols import LowRankArray, QuantizedArray
 
 __all__ = ["DISTILLATION_LOSS", "Teacher", "TopLogprobs", "distillation_loss"]
 
@@ -33,7 +33,7 @@ class Teacher(NamedTuple):
     """
 
     hidden: Float[Array, "tokens teacher_features"]
-    weight: Float[Array, "teacher_features vocab"] | QuantizedArray
+    weight: Float[Array, "teacher_features vocab"] | QuantizedArray | LowRankArray
     bias: Float[Array, " vocab"] | None = None
     softcap: float | None = None
 
@@ -53,7 +53,7 @@ class TopLogprobs(NamedTuple):
 
 def distillation_loss(
     hidden: Float[Array, "tokens features"],
-    weight: Float[Array, "features vocab"] | QuantizedArray,
+    weight: Float[Array, "features vocab"] | QuantizedArray | LowRankArray,
     teacher: Teacher | TopLogprobs,
     *,
     beta: float = 0.0,
@@ -73,7 +73,8 @@ def distillation_loss(
 
     Args:
         hidden: the student's final hidden states.
-        weight: its unembedding; a QuantizedArray is used dequantized and gets no gradient.
+        weight: its unembedding; a QuantizedArray is used dequantized and gets no gradient; a LowRankArray is
+            added up, and the gradient of the whole is made on the way to its parts.
         teacher: hidden states and weights, or the log-probabilities of the likeliest tokens.
         beta: which divergence, in [0, 1].
         temperature: divides the logits of both.
@@ -109,7 +110,7 @@ def distillation_loss(
     return DISTILLATION_LOSS(
         implementation,
         hidden=hidden,
-        weight=dequantized(weight),
+        weight=dense(weight),
         teacher=teacher,
         beta=float(beta),
         temperature=float(temperature),
@@ -148,7 +149,7 @@ def _constant(teacher: Any, live: jax.Array | None) -> Any:
             return TopLogprobs(logprobs, ids)
         distinct = jnp.arange(ids.shape[1], dtype=jnp.int32)
         return TopLogprobs(only(live, logprobs), jnp.where(live[:, None], ids, distinct))
-    hidden, weight, bias = jax.lax.stop_gradient((teacher.hidden, dequantized(teacher.weight), teacher.bias))
+    hidden, weight, bias = jax.lax.stop_gradient((teacher.hidden, dense(teacher.weight), teacher.bias))
     return Teacher(hidden if live is None else only(live, hidden), weight, bias, teacher.softcap)
 
 

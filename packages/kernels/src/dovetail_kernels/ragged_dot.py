@@ -14,15 +14,16 @@ from jaxtyping import Array, Float, Integer
 
 from dovetail_kernels import _ragged
 from dovetail_kernels._dtypes import exact, int32
+from dovetail_kernels._low_rank import multiplied
 from dovetail_kernels.operation import Call, Implementation, Operation, Wanted
-from dovetail_protocols import QuantizedArray
+from dovetail_protocols import LowRankArray, QuantizedArray
 
 __all__ = ["RAGGED_DOT", "ragged_dot"]
 
 
 def ragged_dot(
     lhs: Float[Array, "rows k"],
-    rhs: Float[Array, "groups k n"] | QuantizedArray,
+    rhs: Float[Array, "groups k n"] | QuantizedArray | LowRankArray,
     group_sizes: Integer[Array, " groups"],
     precision: jax.lax.PrecisionLike = None,
     preferred_element_type: Any = None,
@@ -36,7 +37,9 @@ def ragged_dot(
 
     Args:
         lhs: rows, those of a group together.
-        rhs: a matrix per group; a QuantizedArray is dequantized group by group as it is used and gets no gradient.
+        rhs: a matrix per group; a QuantizedArray is dequantized group by group as it is used and gets no gradient. A
+            LowRankArray of a rank per group, in the dtype of `lhs`, adds two thin products to that of its base; one
+            without a leading axis of groups is added up first.
         group_sizes: rows per group. What reaches past the rows is cut off, and a negative size counts as 0.
         precision: of the products, as for `jax.lax.dot`.
         preferred_element_type: dtype of the result; default that of `lhs`.
@@ -54,14 +57,27 @@ def ragged_dot(
     _check(lhs, rhs, group_sizes, dtype)
     if 0 in (*lhs.shape, *rhs.shape):
         return jnp.zeros((lhs.shape[0], rhs.shape[2]), dtype)
-    return RAGGED_DOT(
-        implementation,
-        lhs=lhs,
-        rhs=rhs,
-        group_sizes=int32(group_sizes),
-        precision=precision,
-        preferred_element_type=dtype,
-    )
+    sizes = int32(group_sizes)
+
+    def product(lhs: jax.Array, rhs: Any, dtype: Any) -> jax.Array:
+        options = {"precision": precision, "preferred_element_type": dtype}
+        return RAGGED_DOT(implementation, lhs=lhs, rhs=rhs, group_sizes=sizes, **options)
+
+    return _adapted(product, lhs, rhs, sizes, dtype) if isinstance(rhs, LowRankArray) else product(lhs, rhs, dtype)
+
+
+def _adapted(product: Any, lhs: jax.Array, rhs: LowRankArray, sizes: jax.Array, dtype: Any) -> jax.Array:
+    """Return the product with the base, plus that with one thin matrix after the other."""
+    if rhs.leading != 1:
+        return product(lhs, rhs.dense(), dtype)
+    base = rhs.base if isinstance(rhs.base, QuantizedArray) else rhs.base.astype(lhs.dtype)
+    thin = product(lhs, rhs.a.astype(lhs.dtype), lhs.dtype) * rhs.scale
+    out = product(lhs, base, dtype) + product(thin, rhs.b.astype(lhs.dtype), dtype)
+    if rhs.magnitude is None:
+        return out
+    _, ends = _ragged.ranges(sizes, lhs.shape[0])
+    group = jnp.searchsorted(ends, jnp.arange(lhs.shape[0], dtype=jnp.int32), side="right")
+    return multiplied(out, "tn", jnp.take(rhs.gain(), group, axis=0, mode="clip"), "tn")
 
 
 def _check(lhs: Any, rhs: Any, group_sizes: Any, dtype: Any) -> None:

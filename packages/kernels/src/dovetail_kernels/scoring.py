@@ -12,10 +12,10 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Integer
 
 from dovetail_kernels._dtypes import exact, int32
-from dovetail_kernels._head import check_head, check_rows, check_static, dequantized, whole_vocabulary
+from dovetail_kernels._head import check_head, check_rows, check_static, dense, whole_vocabulary
 from dovetail_kernels._rows import Head, Job, Layer, Softmax, configs, each, find
 from dovetail_kernels.operation import Call, Implementation, Operation, Wanted
-from dovetail_protocols import QuantizedArray
+from dovetail_protocols import LowRankArray, QuantizedArray
 
 __all__ = ["TOKEN_LOGPROBS", "LogprobsAndEntropy", "token_logprobs"]
 
@@ -34,7 +34,7 @@ class LogprobsAndEntropy(NamedTuple):
 
 def token_logprobs(
     hidden: Float[Array, "tokens features"],
-    weight: Float[Array, "features vocab"] | QuantizedArray,
+    weight: Float[Array, "features vocab"] | QuantizedArray | LowRankArray,
     tokens: Integer[Array, " tokens"],
     *,
     temperature: float = 1.0,
@@ -51,7 +51,8 @@ def token_logprobs(
 
     Args:
         hidden: final hidden states of the positions before the tokens.
-        weight: unembedding; a QuantizedArray is used dequantized and gets no gradient.
+        weight: unembedding; a QuantizedArray is used dequantized and gets no gradient; a LowRankArray is
+            added up, and the gradient of the whole is made on the way to its parts.
         tokens: one outside ``[0, vocab)`` gives NaN.
         temperature: divides the logits.
         bias: added to the logits.
@@ -81,7 +82,7 @@ def token_logprobs(
     numbers = TOKEN_LOGPROBS(
         implementation,
         hidden=hidden,
-        weight=dequantized(weight),
+        weight=dense(weight),
         tokens=int32(tokens),
         temperature=float(temperature),
         bias=bias,

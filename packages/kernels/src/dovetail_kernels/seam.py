@@ -1,7 +1,7 @@
 """The weights seam: every contraction or lookup of a parameter goes through `einsum` and `take`.
 
-Both accept a plain array or a `QuantizedArray`, so that one model definition serves full-precision, quantized and
-quantization-aware weights.
+Both accept a plain array, a `QuantizedArray` or a `LowRankArray`, so that one model definition serves full-precision,
+quantized, quantization-aware and adapted weights.
 """
 
 from typing import Any
@@ -11,15 +11,16 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from dovetail_kernels._dtypes import int32
+from dovetail_kernels._low_rank import low_rank_einsum, low_rank_rows
 from dovetail_kernels._manual import alike
 from dovetail_kernels._programs import partitioned
 from dovetail_kernels.quantized_matmul import quantized_matmul
-from dovetail_protocols import QuantizedArray
+from dovetail_protocols import LowRankArray, QuantizedArray, Weight, as_array
 
 __all__ = ["einsum", "take"]
 
 
-def einsum(spec: str, x: jax.Array, w: jax.Array | QuantizedArray, *, dtype: Any = None) -> jax.Array:
+def einsum(spec: str, x: jax.Array, w: Weight, *, dtype: Any = None) -> jax.Array:
     """Contract activations with a weight.
 
     The weight is cast to the activations' dtype, so that parameters may be stored in another one. Products of
@@ -29,7 +30,9 @@ def einsum(spec: str, x: jax.Array, w: jax.Array | QuantizedArray, *, dtype: Any
         spec: an explicit einsum specification of two operands, such as ``"td,df->tf"``.
         x: activations.
         w: a weight, possibly quantized: then it is dequantized to the dtype of `x`, block by block where
-            `quantized_matmul` can.
+            `quantized_matmul` can. With an adapter ``x a b`` is added to the product with the base: neither the sum of
+            both nor a gradient of the base is made, unless a letter repeats, an ellipsis stands for axes, or a
+            magnitude is of outputs that are neither all summed over nor all kept.
         dtype: of the result; None for that of `x`. A wider one keeps what the sums have.
 
     Raises:
@@ -44,7 +47,9 @@ def einsum(spec: str, x: jax.Array, w: jax.Array | QuantizedArray, *, dtype: Any
     _check(spec, x.shape, w.shape)
     if isinstance(w, QuantizedArray) and _is_matmul(spec, x, w):
         return quantized_matmul(x, w).astype(x.dtype if dtype is None else dtype)
-    return jnp.einsum(spec, x, _plain(w).astype(x.dtype), preferred_element_type=dtype)
+    if isinstance(w, LowRankArray):
+        return low_rank_einsum(einsum, spec, x, w, dtype)
+    return jnp.einsum(spec, x, as_array(w).astype(x.dtype), preferred_element_type=dtype)
 
 
 def _is_matmul(spec: str, x: jax.Array, w: QuantizedArray) -> bool:
@@ -75,14 +80,15 @@ def _check(spec: str, *shapes: tuple[int, ...]) -> None:
         raise ValueError(f"the result of {spec!r} has the axes {sorted(unknown)}, which no operand has")
 
 
-def take(w: jax.Array | QuantizedArray, ids: jax.Array) -> jax.Array:
+def take(w: Weight, ids: jax.Array) -> jax.Array:
     """Look up rows of a table ``[rows, ...]``; the result has shape ``ids.shape + w.shape[1:]``.
 
     Ids outside ``[0, rows)`` give rows of NaN rather than another token's row, and no gradient. The gradient of a table
     of 16 bits is added up in float32.
 
     Args:
-        w: the table, possibly quantized (then only the rows that are looked up are dequantized).
+        w: the table, possibly quantized (then only the rows that are looked up are dequantized) or adapted (then rows
+            of both are looked up, and the base has no gradient of its own; one with leading axes is added up first).
         ids: integers of any shape.
 
     Raises:
@@ -99,7 +105,8 @@ def take(w: jax.Array | QuantizedArray, ids: jax.Array) -> jax.Array:
         raise TypeError(f"ids have dtype {ids.dtype}; expected integers")
     if not w.shape[0]:
         w, ids = jnp.zeros((1, *w.shape[1:]), w.dtype), jnp.ones_like(ids)
-
+    if isinstance(w, LowRankArray):
+        return low_rank_rows(take, w, ids)
     return partitioned(_taken, {"w": w, "ids": int32(ids)}, _taken_axes)
 
 
@@ -150,7 +157,3 @@ def _take_quantized(w: QuantizedArray, ids: jax.Array) -> jax.Array:
     inside = (flat >= 0) & (flat < w.shape[0])
     out = jnp.where(inside.reshape(-1, *(1,) * (out.ndim - 1)), out, jnp.asarray(jnp.nan, out.dtype))
     return out.reshape(*ids.shape, *w.shape[1:])
-
-
-def _plain(w: jax.Array | QuantizedArray) -> jax.Array:
-    return w.dequantize() if isinstance(w, QuantizedArray) else w

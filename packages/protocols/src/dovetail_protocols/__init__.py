@@ -27,6 +27,7 @@ from dovetail_protocols.servable import Servable, TensorSpec
 from dovetail_protocols.tokenizer import ChatEncoding, IncrementalDecoder, Message, RoleSpan, Tokenizer
 
 if TYPE_CHECKING:
+    from dovetail_protocols.low_rank import LowRankArray
     from dovetail_protocols.model import (
         Auxiliary,
         CacheSpec,
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
         add_auxiliary,
     )
     from dovetail_protocols.quantized import QuantizedArray
+    from dovetail_protocols.weight import Weight, as_array
 
 __all__ = [
     "Auxiliary",
@@ -62,6 +64,7 @@ __all__ = [
     "Loader",
     "Loss",
     "LossOutput",
+    "LowRankArray",
     "Message",
     "Mixer",
     "Plan",
@@ -79,16 +82,20 @@ __all__ = [
     "Term",
     "TokenLogprob",
     "Tokenizer",
+    "Weight",
     "WindowCache",
     "add_auxiliary",
+    "as_array",
     "batch_size",
     "paths",
     "split_rows",
 ]
 
+LATE = {"LowRankArray": "low_rank", "QuantizedArray": "quantized", "Weight": "weight", "as_array": "weight"}
+
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'dovetail_protocols' has no attribute {name!r}")
-    module = "quantized" if name == "QuantizedArray" else "model"
+    module = LATE.get(name, "model")
     return getattr(importlib.import_module(f"dovetail_protocols.{module}"), name)

@@ -69,6 +69,12 @@ class QuantizedArray:
         """The logical number of elements."""
         return math.prod(self.shape)
 
+    @property
+    def T(self) -> "QuantizedArray":
+        """The array with its axes reversed."""
+        zero_point = None if self.zero_point is None else self.zero_point.T
+        return QuantizedArray(self.qvalue.T, self.scale.T, zero_point, self.dtype)
+
     def dequantize(self) -> jax.Array:
         """Return the array in its logical dtype and shape."""
         value = self.qvalue.astype(self.scale.dtype)

@@ -9,6 +9,7 @@ from dovetail_protocols.testing.data import check_host_split, check_loader, chec
 from dovetail_protocols.testing.engine import check_engine
 from dovetail_protocols.testing.fake_engine import FakeEngine
 from dovetail_protocols.testing.loss import check_loss
+from dovetail_protocols.testing.low_rank import check_low_rank
 from dovetail_protocols.testing.mixer import MixerCase, check_mixer
 from dovetail_protocols.testing.model import check_language_model
 from dovetail_protocols.testing.quantized import FakeQuantized, check_quantized
@@ -32,6 +33,7 @@ __all__ = [
     "check_loader",
     "check_loader_follows_plan",
     "check_loss",
+    "check_low_rank",
     "check_mixer",
     "check_plan",
     "check_quantized",

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from dovetail_protocols.model import FullCache, LanguageModel, LatentCache, WindowCache
-from dovetail_protocols.quantized import QuantizedArray
 from dovetail_protocols.testing._rules import close_to, difference, require
 from dovetail_protocols.testing.quantized import FakeQuantized
 from dovetail_protocols.testing.reference import ReferenceMixer
+from dovetail_protocols.weight import as_array
 
 __all__ = ["check_language_model"]
 
@@ -229,8 +229,7 @@ def _check_embeds(run: _Run, tokens: np.ndarray) -> None:
 def _check_unembedding(run: _Run, tokens: np.ndarray) -> None:
     hidden = run(tokens)[0]
     weight, bias, cap = run.model.unembedding()
-    weight = weight.dequantize() if isinstance(weight, QuantizedArray) else weight
-    logits = np.asarray(hidden, np.float64) @ np.asarray(weight, np.float64)
+    logits = np.asarray(hidden, np.float64) @ np.asarray(as_array(weight), np.float64)
     logits = logits if bias is None else logits + np.asarray(bias, np.float64)
     logits = logits if cap is None else cap * np.tanh(logits / cap)
     rule = "LanguageModel: unembed(hidden) is softcap(hidden @ W + bias) with what unembedding() returns"

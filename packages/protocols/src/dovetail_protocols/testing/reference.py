@@ -10,7 +10,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from dovetail_protocols.model import LayerIndex, Recurrence
-from dovetail_protocols.quantized import QuantizedArray
+from dovetail_protocols.weight import as_array
 
 __all__ = ["ReferenceMixer", "attention", "walk"]
 
@@ -135,7 +135,7 @@ class ReferenceMixer:
         scale: float,
     ) -> tuple[Float[Array, "tokens heads value_dim"], "ReferenceMixer"]:
         """Return attention with the expanded keys and values, see `Mixer.attend_latent`."""
-        weights = (x.dequantize() if isinstance(x, QuantizedArray) else x for x in expand)
+        weights = map(as_array, expand)
         keys, values = (jnp.einsum("tl,lhd->thd", latent, w.astype(latent.dtype), precision="highest") for w in weights)
         shared = jnp.broadcast_to(rope_key[:, None], (*keys.shape[:2], rope_key.shape[1]))
         return self.attend(layer, query, jnp.concatenate([keys, shared], -1), values, scale=scale)
