@@ -1,5 +1,7 @@
 """The public names, which the package imports when the first one is asked for."""
 
+from dovetail_models.adapter import Adapter, Lora, stack_lora
+from dovetail_models.adapter_slots import lora_of, swap_lora, with_lora
 from dovetail_models.bert import BertConfig, BertForMaskedLM, BertMaskedLMConfig, BertModel
 from dovetail_models.config_parts import LayerWindowsConfig, PartlyTurnedConfig, WindowConfig
 from dovetail_models.conversion import convert
@@ -25,6 +27,8 @@ from dovetail_models.layers import MLP, GatedMLP, GroupedAttention, LayerNorm, R
 from dovetail_models.layout import stacked, unstacked
 from dovetail_models.lazy_model import LazyModel, elementwise, lazy, surgery
 from dovetail_models.llama import Llama, LlamaConfig
+from dovetail_models.lora import LORA, add_lora, remove_lora
+from dovetail_models.lora_merge import merge_lora
 from dovetail_models.mamba2 import Mamba2, Mamba2Config
 from dovetail_models.merging import merge_models
 from dovetail_models.mistral import Mistral, MistralConfig
@@ -62,8 +66,10 @@ from dovetail_models.widening import widen
 __all__ = [
     "ACTIVATIONS",
     "FAMILIES",
+    "LORA",
     "MLP",
     "POLICIES",
+    "Adapter",
     "BertConfig",
     "BertForMaskedLM",
     "BertMaskedLMConfig",
@@ -102,6 +108,7 @@ __all__ = [
     "LazyModel",
     "Llama",
     "LlamaConfig",
+    "Lora",
     "Mamba2",
     "Mamba2Config",
     "Mistral",
@@ -150,6 +157,7 @@ __all__ = [
     "ViTModel",
     "WindowConfig",
     "abstract",
+    "add_lora",
     "attention_rules",
     "config_from_hf",
     "config_to_hf",
@@ -162,8 +170,10 @@ __all__ = [
     "init",
     "lazy",
     "logical_axes",
+    "lora_of",
     "maximal_update",
     "merge",
+    "merge_lora",
     "merge_models",
     "mlp_rules",
     "outer_rules",
@@ -173,16 +183,20 @@ __all__ = [
     "prune_heads",
     "prune_hidden",
     "prune_layers",
+    "remove_lora",
     "repeat_layers",
     "resize_vocabulary",
     "save_pretrained",
     "sparse_mlp",
     "split",
+    "stack_lora",
     "stacked",
     "strongest",
     "surgery",
+    "swap_lora",
     "unstacked",
     "upcycle",
     "weight_map",
     "widen",
+    "with_lora",
 ]

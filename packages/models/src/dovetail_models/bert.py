@@ -59,9 +59,9 @@ class Embeddings(nnx.Module):
 
     def __init__(self, config: BertConfig, *, init: Any, dtype: Any, rngs: nnx.Rngs) -> None:
         d = config.features
-        self.tokens = parameter(rngs, (config.vocab_size, d), ("vocab", "embed"), init, dtype)
-        self.positions = parameter(rngs, (config.max_position, d), (None, "embed"), init, dtype)
-        self.types = parameter(rngs, (config.types, d), (None, "embed"), init, dtype)
+        self.tokens = parameter(rngs, (config.vocab_size, d), ("vocab", "embed"), init, dtype, table=True)
+        self.positions = parameter(rngs, (config.max_position, d), (None, "embed"), init, dtype, table=True)
+        self.types = parameter(rngs, (config.types, d), (None, "embed"), init, dtype, table=True)
         self.norm = config.norm(dtype)
 
     def __call__(self, tokens: Any, types: Any, positions: Any, dtype: Any) -> jax.Array:
@@ -156,7 +156,7 @@ class BertForMaskedLM(nnx.Module):
     def unembedding(self) -> tuple[Any, Any, None]:
         """Return ``(W[features, vocab], bias[vocab], None)``."""
         table = self.encoder.embeddings.tokens.get_value()
-        return jax.tree.map(jnp.transpose, table), self.bias.get_value(), None
+        return table.T, self.bias.get_value(), None
 
     def __call__(self, tokens: Int[Array, "batch time"], **options: Any) -> Float[Array, "batch time vocab"]:
         """Return the logits; options are those of `BertModel`."""

@@ -244,7 +244,7 @@ class Decoder(nnx.Module):
         self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
         self.output_dtype = logits_dtype(output_dtype)
         shape = (config.vocab_size, config.features)
-        self.embedding = parameter(rngs, shape, ("vocab", "embed"), config.init, param_dtype)
+        self.embedding = parameter(rngs, shape, ("vocab", "embed"), config.init, param_dtype, table=True)
         weights = {"init": config.init, "out_init": config.out_init, "dtype": param_dtype, "rngs": rngs}
         layers = [self.block(config, i, **weights) for i in range(config.layers)]
         self.layers = Stack(layers) if scan else nnx.List(layers)
@@ -295,7 +295,7 @@ class Decoder(nnx.Module):
         """Return ``(W[features, vocab], None, soft cap or None)``."""
         if not self.config.tied:
             return self.head.get_value(), None, self.config.logit_softcap
-        return jax.tree.map(jnp.transpose, self.embedding.get_value()), None, self.config.logit_softcap
+        return self.embedding.get_value().T, None, self.config.logit_softcap
 
     def unembed(self, hidden: Float[Array, "tokens features"]) -> Float[Array, "tokens vocab"]:
         """Return the logits, of the dtype that was asked for."""

@@ -12,7 +12,16 @@ from flax import nnx
 from dovetail_kernels import DenseMixer
 from dovetail_models.family import family_of
 from dovetail_models.state import merge, split
-from dovetail_protocols import CacheSpec, FullCache, LatentCache, QuantizedArray, RecurrentCache, WindowCache, paths
+from dovetail_protocols import (
+    CacheSpec,
+    FullCache,
+    LatentCache,
+    LowRankArray,
+    QuantizedArray,
+    RecurrentCache,
+    WindowCache,
+    paths,
+)
 
 if TYPE_CHECKING:
     from dovetail_profile import Cost
@@ -54,7 +63,7 @@ class Description:
 
     @property
     def parameters(self) -> int:
-        """How many numbers the model learns; a quantized one counts once."""
+        """How many numbers the model learns; a quantized one counts once, adapters count beside their bases."""
         return sum(group.parameters for group in self.groups.values())
 
     @property
@@ -128,14 +137,19 @@ def _abstract(config: Any, param_dtype: Any) -> Any:
 
 def _groups(params: Any) -> dict[str, ParameterGroup]:
     found: dict[str, ParameterGroup] = {}
-    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda x: isinstance(x, QuantizedArray))
+    leaves = jax.tree_util.tree_leaves_with_path(params, is_leaf=_is_weight)
     for path, leaf in leaves:
         parts = ["*" if part.isdigit() else part for part in paths.path_of(path).split("/")]
         name = "/".join(parts[:-1] or parts)
         have = found.get(name, ParameterGroup(0, 0))
         held = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(leaf))
-        found[name] = ParameterGroup(have.parameters + math.prod(leaf.shape), have.bytes + held)
+        parts = jax.tree.leaves(leaf, is_leaf=lambda x: isinstance(x, QuantizedArray))
+        found[name] = ParameterGroup(have.parameters + sum(math.prod(x.shape) for x in parts), have.bytes + held)
     return found
+
+
+def _is_weight(leaf: Any) -> bool:
+    return isinstance(leaf, QuantizedArray | LowRankArray)
 
 
 def _abstracted(model: Any) -> tuple[Any, Any]:

@@ -76,7 +76,7 @@ class Gpt2(Decoder):
     def __init__(self, config: Any, *, rngs: nnx.Rngs, param_dtype: Any = jnp.float32, **options: Any) -> None:
         super().__init__(config, rngs=rngs, param_dtype=param_dtype, **options)
         shape = (config.max_position, config.features)
-        self.positions = parameter(rngs, shape, (None, "embed"), config.init, param_dtype)
+        self.positions = parameter(rngs, shape, (None, "embed"), config.init, param_dtype, table=True)
 
     @staticmethod
     def block(config: Gpt2Config, index: int, **weights: Any) -> Block:

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 from dovetail_models.family import Family, family_of, named_family
 from dovetail_models.hf_directory import open_pretrained
 from dovetail_models.hf_files import tokenizer_files
-from dovetail_models.state import merge, placements, split
+from dovetail_models.state import check_no_adapters, merge, placements, split
 from dovetail_runtime import Rules
 from dovetail_weights import WeightMap, load, save
 
@@ -107,7 +107,7 @@ def save_pretrained(
     """Write a model as a Hugging Face directory that transformers loads; all or nothing.
 
     Args:
-        model: with plain (not quantized) parameters.
+        model: with plain (neither quantized nor adapted) parameters.
         path: the directory to make.
         family: how to write it; None for the model's own.
         tokenizer: a directory whose tokenizer files (``tokenizer.json``, chat template, ...) are copied beside the
@@ -120,9 +120,11 @@ def save_pretrained(
         FileExistsError: `path` exists and `overwrite` is not set.
         FileNotFoundError: `tokenizer` holds no tokenizer files.
         ConfigError: transformers has no such model.
+        ValueError: a parameter has an adapter.
         dovetail_weights.WeightsError: a parameter cannot be stored.
     """
     family = family_of(model) if family is None else family
+    check_no_adapters(model)
     _, params = split(model)
     ids = dict(token_ids or {})
     name = str(np.dtype(jax.tree.leaves(params)[0].dtype))

@@ -41,6 +41,7 @@ __all__ = [
     "Rotary",
     "Tables",
     "exact",
+    "leading_axes",
     "logits_dtype",
     "parameter",
 ]
@@ -82,6 +83,8 @@ def parameter(
     init: Initializer,
     dtype: Any,
     inputs: int = 0,
+    *,
+    table: bool = False,
 ) -> Any:
     """Make a parameter.
 
@@ -93,8 +96,14 @@ def parameter(
         dtype: of the values.
         inputs: so many axes, the first ones or those after ``experts``, are what a product sums over; 0 for what is
             looked up, added, or multiplied elementwise. See `dovetail_models.maximal_update`.
+        table: its rows are looked up, with `dovetail_kernels.take` alone.
     """
-    return nnx.Param(init(rngs.params(), shape, dtype), axes=axes, inputs=inputs)
+    return nnx.Param(init(rngs.params(), shape, dtype), axes=axes, inputs=inputs, table=table)
+
+
+def leading_axes(axes: tuple[str | None, ...], inputs: int) -> int:
+    """Return how many first axes of a parameter are those of layers and experts, which nothing sums over."""
+    return sum(name in ("layers", "experts") for name in axes[: len(axes) - inputs]) if inputs else 0
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from dovetail_models.family import Family, family_of
 from dovetail_models.hf_directory import open_pretrained
 from dovetail_models.hf_files import FURTHER_FILES, files_like
 from dovetail_models.stack import Stack, layer_map
-from dovetail_models.state import merge, placements, split
+from dovetail_models.state import check_no_adapters, merge, nested, placements, split
 from dovetail_protocols import QuantizedArray, paths
 from dovetail_runtime import Rules
 from dovetail_weights import Lazy, Rule, WeightMap, check, load, save
@@ -119,7 +119,7 @@ class LazyModel:
         files["config.json"] = _json(values)
         options: dict[str, Any] = {"max_shard_bytes": max_shard_bytes, "overwrite": overwrite}
         table = self.family.weight_map(self.config)
-        return save(Path(path), table, _nested(self.tensors), dtype=dtype, extra_files=files, **options)
+        return save(Path(path), table, nested(self.tensors), dtype=dtype, extra_files=files, **options)
 
 
 def lazy(model: Any, *, family: Family | str | None = None, revision: str | None = None) -> LazyModel:
@@ -135,7 +135,7 @@ def lazy(model: Any, *, family: Family | str | None = None, revision: str | None
         dovetail_weights.WeightsError: tensors are missing, unexpected, of another shape, or damaged.
         FileNotFoundError: there is no such directory or file.
         TypeError: it is no model.
-        ValueError: its parameters are quantized.
+        ValueError: its parameters are quantized or adapted.
 
     >>> from flax import nnx
     >>> from dovetail_models import Llama, LlamaConfig
@@ -163,6 +163,7 @@ def _of_directory(path: str | os.PathLike[str], family: Family | str | None, rev
 
 
 def _of_module(model: Any, family: Family) -> LazyModel:
+    check_no_adapters(model)
     _, params = split(model)
     leaves = jax.tree.leaves(params, is_leaf=lambda x: isinstance(x, QuantizedArray))
     if any(isinstance(leaf, QuantizedArray) for leaf in leaves):
@@ -214,14 +215,6 @@ def _options(model: Any, as_lazy: LazyModel) -> dict[str, Any]:
     options |= {name: value for name, value in given.items() if value is not None}
     scanned = any(isinstance(node, Stack) for _, node in nnx.iter_graph(model))
     return options | ({"scan": True} if scanned else {})
-
-
-def _nested(flat: Mapping[str, Lazy]) -> dict[Any, Any]:
-    tree: dict[Any, Any] = {}
-    for address, leaf in flat.items():
-        *outer, last = [int(part) if part.isdigit() else part for part in address.split("/")]
-        functools.reduce(lambda node, part: node.setdefault(part, {}), outer, tree)[last] = leaf
-    return tree
 
 
 def _json(values: Any) -> bytes:

@@ -20,7 +20,7 @@ from dovetail_models.decoder import DecoderConfig
 from dovetail_models.layers import ACTIVATION_FUNCTIONS, Initializer, PlainActivation, parameter
 from dovetail_models.router import Router, Selection, SparseTraining
 from dovetail_models.spread import spread
-from dovetail_protocols import Auxiliary, LayerIndex, QuantizedArray
+from dovetail_protocols import Auxiliary, LayerIndex, LowRankArray, QuantizedArray
 from dovetail_runtime import constrain, split_of
 
 __all__ = ["BALANCE", "Experts", "PlainExperts", "SparseConfig", "SparseMLP", "Sparsity", "sparse_mlp"]
@@ -134,7 +134,7 @@ class Experts(nnx.Module):
 
         def product(name: str, rows: jax.Array) -> jax.Array:
             weight = getattr(self, name).get_value()
-            weight = weight if isinstance(weight, QuantizedArray) else weight.astype(rows.dtype)
+            weight = weight if isinstance(weight, QuantizedArray | LowRankArray) else weight.astype(rows.dtype)
             y = ragged_dot(rows, weight, group_sizes)
             if not self.bias:
                 return y

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dovetail_models.decoder import Decoder
+from dovetail_models.layers import leading_axes
 from dovetail_models.stack import Stack
 
 __all__ = ["maximal_update"]
@@ -30,8 +31,6 @@ WIDTHS = frozenset(
     ]
 )
 """Fields in which a model and its base may differ; the size of heads may not, which attention's scale goes with."""
-
-SHARED_AXES = ("layers", "experts")
 
 
 class _Factors(NamedTuple):
@@ -88,7 +87,7 @@ def maximal_update(model: D, *, base: Any) -> tuple[D, dict[Any, Any]]:
 
 def _factors(shape: tuple[int, ...], base: tuple[int, ...], axes: tuple[str | None, ...], inputs: int) -> _Factors:
     """Return what a weight's shape and that of the base's make of it, see the head of this module."""
-    first = sum(name in SHARED_AXES for name in axes[: len(axes) - inputs]) if inputs else 0
+    first = leading_axes(axes, inputs)
     grown = [now / then for now, then in zip(shape, base, strict=True)]
     into, out = math.prod(grown[first : first + inputs]), math.prod(grown[first + inputs :])
     return _Factors(into**-0.5 if out != 1 else 1 / into, 1 / into)

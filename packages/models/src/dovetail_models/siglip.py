@@ -203,7 +203,9 @@ class SiglipTextModel(nnx.Module):
         self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
         weights: dict[str, Any] = {"init": config.init, "dtype": param_dtype, "rngs": rngs}
         d = config.features
-        self.embedding = parameter(rngs, (config.vocab_size, d), ("vocab", "embed"), config.init, param_dtype)
+        self.embedding = parameter(
+            rngs, (config.vocab_size, d), ("vocab", "embed"), config.init, param_dtype, table=True
+        )
         self.positions = parameter(rngs, (config.max_position, d), (None, "embed"), config.init, param_dtype)
         self.layers = nnx.List([config.block(before=True, **weights) for _ in range(config.layers)])
         self.norm = config.norm(param_dtype)

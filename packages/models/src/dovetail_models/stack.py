@@ -19,7 +19,7 @@ from dovetail_models.remat import Remat
 from dovetail_protocols import Auxiliary, add_auxiliary
 from dovetail_weights import StackedMap, WeightMap
 
-__all__ = ["Cycle", "Stack", "find_cycle", "layer_map", "run_layers"]
+__all__ = ["Cycle", "Stack", "find_cycle", "layer_map", "run_layers", "single_addresses"]
 
 PLACE = re.compile(r"(?P<list>(?:.+/)?layers)/(?P<part>before|cycle|after)/(?P<index>[0-9]+)/(?P<rest>.+)")
 
@@ -207,6 +207,16 @@ def layer_map(table: WeightMap, stacks: Mapping[str, int]) -> WeightMap:
         stacks: addresses of lists of layers, such as ``layers``, that may be a `Stack`, and how many each has.
     """
     return StackedMap(table.rules, functools.partial(_singles, stacks))
+
+
+def single_addresses(model: nnx.Module, addresses: Collection[str]) -> dict[str, list[str]]:
+    """Return the addresses of layers one by one that each address of a model's parameters stands for."""
+    stacks = {
+        "/".join(map(str, path)): len(node.before) + len(node.cycle) * node.repeats + len(node.after)
+        for path, node in nnx.iter_graph(model)
+        if isinstance(node, Stack)
+    }
+    return _singles(stacks, addresses)
 
 
 def _singles(stacks: Mapping[str, int], addresses: Collection[str]) -> dict[str, list[str]]:

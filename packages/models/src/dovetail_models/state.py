@@ -1,17 +1,31 @@
 """A module as a static definition and a nested dict of arrays, the form that jitted steps take."""
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 from jax.sharding import Mesh
 
+from dovetail_models.layers import leading_axes
+from dovetail_protocols import LowRankArray, QuantizedArray
 from dovetail_runtime import Rules, shardings
 
 M = TypeVar("M", bound=nnx.Module)
 
-__all__ = ["abstract", "init", "logical_axes", "merge", "placements", "split"]
+__all__ = [
+    "abstract",
+    "check_no_adapters",
+    "init",
+    "logical_axes",
+    "merge",
+    "nested",
+    "placements",
+    "replaced",
+    "split",
+    "variables",
+]
 
 
 def split(module: nnx.Module) -> tuple[Any, dict[Any, Any]]:
@@ -24,8 +38,43 @@ def split(module: nnx.Module) -> tuple[Any, dict[Any, Any]]:
 
 
 def merge(definition: Any, parameters: Any) -> Any:
-    """Return the module of a definition with the given parameters (a leaf may be a QuantizedArray)."""
+    """Return the module of a definition with the given parameters (a leaf may be a QuantizedArray or LowRankArray)."""
     return nnx.merge(definition, parameters)
+
+
+def variables(module: nnx.Module) -> dict[str, Any]:
+    """Return the parameters with their metadata by address; a quantized or adapted one is one of them."""
+    return {"/".join(map(str, path)): variable for path, variable in nnx.to_flat_state(nnx.split(module)[1])}
+
+
+def replaced(module: M, values: Mapping[str, Any]) -> M:
+    """Return the module with other values of the parameters at the given addresses."""
+    definition, state = nnx.split(module)
+    flat = {path: values.get("/".join(map(str, path)), x.get_value()) for path, x in nnx.to_flat_state(state)}
+    return nnx.merge(definition, nnx.to_pure_dict(nnx.from_flat_state(flat)))
+
+
+def check_no_adapters(module: nnx.Module) -> None:
+    """Check that no parameter has an adapter.
+
+    Raises:
+        ValueError: one has.
+    """
+    for address, variable in variables(module).items():
+        if isinstance(variable.get_value(), LowRankArray):
+            raise ValueError(
+                f"{type(module).__name__} has adapted parameters ({address}); expected merge_lora(model), or "
+                "remove_lora(model) and save_lora(model, ...)"
+            )
+
+
+def nested(flat: Mapping[str, Any]) -> dict[Any, Any]:
+    """Return a tree like that of `split` of its leaves by address; numbers become integers."""
+    tree: dict[Any, Any] = {}
+    for address, leaf in flat.items():
+        *outer, last = [int(part) if part.isdigit() else part for part in address.split("/")]
+        functools.reduce(lambda node, part: node.setdefault(part, {}), outer, tree)[last] = leaf
+    return tree
 
 
 def abstract(build: Callable[[], nnx.Module]) -> tuple[Any, dict[Any, Any]]:
@@ -34,13 +83,36 @@ def abstract(build: Callable[[], nnx.Module]) -> tuple[Any, dict[Any, Any]]:
 
 
 def logical_axes(module: nnx.Module) -> dict[Any, Any]:
-    """Return the logical axis names of every parameter: the tree of `split` with tuples of names as leaves."""
+    """Return the logical axis names of every parameter: the tree of `split` with tuples of names as leaves.
+
+    The parts of a quantized parameter have its names where they have its lengths, those of an adapted one the names of
+    their axes; the rank has none.
+    """
     _, state = nnx.split(module)
     return nnx.to_pure_dict(jax.tree.map(_names, state, is_leaf=lambda x: isinstance(x, nnx.Variable)))
 
 
 def _names(variable: Any) -> Any:
-    return variable.replace(tuple(variable.get_metadata()["axes"]))
+    metadata = variable.get_metadata()
+    names, inputs = tuple(metadata["axes"]), metadata.get("inputs", 0)
+    return variable.replace(_of_parts(variable.get_value(), names, leading_axes(names, inputs or 1)))
+
+
+def _of_parts(value: Any, names: tuple[str | None, ...], leading: int) -> Any:
+    if isinstance(value, QuantizedArray):
+        long = lambda x: tuple(name if n == m else None for name, n, m in zip(names, x.shape, value.shape, strict=True))  # noqa: E731
+        return jax.tree.map(long, value)
+    if not isinstance(value, LowRankArray):
+        return names
+    into, out = names[: leading + value.inputs], names[leading + value.inputs :]
+    parts: Any = LowRankArray  # whose parts are names here
+    return parts(
+        base=_of_parts(value.base, names, leading),
+        a=(*into, None),
+        b=(*names[:leading], None, *out),
+        magnitude=None if value.magnitude is None else (*names[:leading], *out),
+        scale=value.scale,
+    )
 
 
 def placements(module: nnx.Module, mesh: Mesh, rules: Rules) -> dict[Any, Any]:

@@ -87,9 +87,11 @@ class T5EncoderModel(nnx.Module):
         self.config, self.vocab_size = config, config.vocab_size
         self.dtype = jnp.dtype(param_dtype if dtype is None else dtype)
         shape, whole = (config.vocab_size, config.features), nnx.initializers.normal(config.init_std)
-        self.embedding = parameter(rngs, shape, ("vocab", "embed"), whole, param_dtype)
+        self.embedding = parameter(rngs, shape, ("vocab", "embed"), whole, param_dtype, table=True)
         narrow = nnx.initializers.normal(config.init_std * config.features**-0.5)
-        self.distances = parameter(rngs, (config.buckets, config.heads), (None, "heads"), narrow, param_dtype)
+        self.distances = parameter(
+            rngs, (config.buckets, config.heads), (None, "heads"), narrow, param_dtype, table=True
+        )
         self.layers = nnx.List([_block(config, dtype=param_dtype, rngs=rngs) for _ in range(config.layers)])
         self.norm = RMSNorm(config.features, eps=config.norm_eps, dtype=param_dtype)
 
