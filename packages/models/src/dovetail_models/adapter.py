@@ -32,9 +32,9 @@ class Lora:
         leading: how many first axes all have: 1 for experts, 0 otherwise.
     """
 
-    a: jax.Array
-    b: jax.Array
-    magnitude: jax.Array | None = None
+    a: Any
+    b: Any
+    magnitude: Any = None
     scale: float = dataclasses.field(default=1.0, metadata={"static": True})
     leading: int = dataclasses.field(default=0, metadata={"static": True})
 

@@ -1,7 +1,7 @@
 """Adapters on and off models, and one in the place of another."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -18,7 +18,7 @@ from dovetail_weights.errors import nearest
 
 M = TypeVar("M", bound=nnx.Module)
 
-__all__ = ["check_fit", "lora_of", "swap_lora", "with_lora"]
+__all__ = ["check_fit", "lora_of", "no_such_weight", "swap_lora", "with_lora"]
 
 
 def lora_of(model: nnx.Module) -> Adapter:
@@ -108,9 +108,14 @@ def _by_weight(model: nnx.Module, known: Mapping[str, Any], flat: Mapping[str, L
     taken = {single for address in known for single in singles[address]}
     for address in flat:
         if address not in taken:
-            near = nearest(address, sorted(taken))
-            raise ValueError(f"{address}: the adapter has it, the model has no such weight; the nearest are: {near}")
+            raise no_such_weight(address, taken)
     return {address: parts for address, parts in found.items() if any(parts)}
+
+
+def no_such_weight(address: str, known: Collection[str]) -> ValueError:
+    """Return the error of an adapter that has more than the model."""
+    near = nearest(address, sorted(known))
+    return ValueError(f"{address}: the adapter has it, the model has no such weight; the nearest are: {near}")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from dovetail_models.adapter import Adapter, Lora, flat_adapter
-from dovetail_models.adapter_slots import check_fit, with_lora
+from dovetail_models.adapter_slots import check_fit, no_such_weight, with_lora
 from dovetail_models.lazy_model import LazyModel, surgery
 from dovetail_models.lora import adapted, check_finite, division, wide
 from dovetail_models.state import replaced, variables
@@ -61,7 +61,7 @@ def _merged(model: LazyModel, adapter: Adapter) -> LazyModel:
     known = variables(model.module())
     for address in parts:
         if address not in model.tensors or address not in known:
-            raise ValueError(f"{address}: the adapter has it, the model has no such weight")
+            raise no_such_weight(address, known)
     changed = {
         address: _Sum.lazily(address, model.tensors[address], part, division(address, known[address]))
         for address, part in parts.items()
@@ -95,11 +95,11 @@ class _Sum:
 
     def read(self, index: Any) -> Any:
         """Return a part of the sum."""
-        made = self._before(index)
-        if self.part.magnitude is not None:
-            first, last = index[: self.part.leading], index[self.outputs]
-            made = made * np.expand_dims(self._gain[(*first, *last)], self._summed)
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):  # which the check below sees
+            made = self._before(index)
+            if self.part.magnitude is not None:
+                first, last = index[: self.part.leading], index[self.outputs]
+                made = made * np.expand_dims(self._gain[(*first, *last)], self._summed)
             made = made.astype(self.base.dtype)
         if not np.isfinite(made).all():
             raise WeightsError(f"{self.address} with its adapter: holds NaN or infinity; expected finite numbers")
