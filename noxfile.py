@@ -251,12 +251,13 @@ def browser(session: nox.Session) -> None:
 @nox.parametrize("name", ORACLES)
 def oracle(session: nox.Session, name: str) -> None:
     """Against independent implementations, in an environment of their own; pip, which knows PyTorch's CPU builds."""
-    recipe = [name, *((ROOT / "packages" / package / "pyproject.toml").read_text() for package in PACKAGES)]
+    peers = (ROOT / f"integration/oracles/{name}/requirements.txt").read_text()
+    recipe = [name, peers, *((ROOT / "packages" / package / "pyproject.toml").read_text() for package in PACKAGES)]
     if once(session, recipe):
         known = {distribution(package) for package in PACKAGES}
         lines = [line for package in PACKAGES for line in requirements(package)]
         ours = sorted({line for line in lines if re.match(r"[\w-]+", line)[0] not in known})
-        session.install("-q", *(ROOT / f"integration/oracles/{name}/requirements.txt").read_text().split())
+        session.install("-q", *peers.split())
         session.install("-q", *ours, "pytest", "pytest-timeout", "pytest-xdist", "hypothesis", "sybil")
         session.install("-q", "--no-deps", *(f"-epackages/{package}" for package in PACKAGES))
         done(session, recipe)

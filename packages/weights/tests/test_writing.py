@@ -47,6 +47,19 @@ def test_shards_and_index(tmp_path):
     assert (path / "config.json").read_text() == "{}"
 
 
+def test_files_of_another_name(tmp_path):
+    """Files that are no model's, such as an adapter's, have the names of one, or take a name that is no name."""
+    tensors = {f"t{i}": np.full(9, i, np.float32) for i in range(2)}
+    one = write_directory(tmp_path / "one", tensors, stem="adapter_model", extra_files={"model.safetensors.md": ""})
+    assert sorted(p.name for p in one.iterdir()) == ["adapter_model.safetensors", "model.safetensors.md"]
+    two = write_directory(tmp_path / "two", tensors, stem="adapter_model", max_shard_bytes=40)
+    index = json.loads((two / "adapter_model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {f"adapter_model-0000{i}-of-00002.safetensors" for i in (1, 2)}
+    for stem, extra in (("a/b", "c"), ("", "c"), ("a", "a.safetensors.index.json"), ("a", "a.safetensors")):
+        with pytest.raises(WeightsError, match=r"stem=|extra file"):
+            write_directory(tmp_path / "three", tensors, stem=stem, extra_files={extra: ""})
+
+
 def test_data_is_aligned_and_byte_order_is_little(tmp_path):
     """A tensor stands at an address that its element size does not divide, or keeps big-endian bytes."""
     tensors = {"a": np.zeros(3, np.uint8), "b": np.arange(3, dtype=">f8"), "c": np.ones(5, ml_dtypes.bfloat16)}

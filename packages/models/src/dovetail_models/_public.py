@@ -37,6 +37,7 @@ from dovetail_models.moe import Experts, SparseConfig, SparseMLP, sparse_mlp
 from dovetail_models.mup import maximal_update
 from dovetail_models.olmo2 import Olmo2, Olmo2Config
 from dovetail_models.olmo3 import Olmo3, Olmo3Config
+from dovetail_models.peft import load_lora, save_lora
 from dovetail_models.phi3 import Phi3, Phi3Config
 from dovetail_models.prunable import output_norms, strongest
 from dovetail_models.pruning import prune_experts, prune_heads, prune_hidden
@@ -169,6 +170,7 @@ __all__ = [
     "from_pretrained",
     "init",
     "lazy",
+    "load_lora",
     "logical_axes",
     "lora_of",
     "maximal_update",
@@ -186,6 +188,7 @@ __all__ = [
     "remove_lora",
     "repeat_layers",
     "resize_vocabulary",
+    "save_lora",
     "save_pretrained",
     "sparse_mlp",
     "split",

@@ -16,7 +16,6 @@ from dovetail_weights.copying import copied
 from dovetail_weights.errors import WeightsError
 from dovetail_weights.header import encode_header
 from dovetail_weights.lazy import Lazy, lazy_of
-from dovetail_weights.reading import INDEX, SINGLE
 
 __all__ = ["digest", "write_directory"]
 
@@ -31,6 +30,7 @@ def write_directory(
     metadata: Mapping[str, str] | None = None,
     extra_files: Mapping[str, str | bytes] | None = None,
     overwrite: bool = False,
+    stem: str = "model",
 ) -> pathlib.Path:
     """Write tensors as a Hugging Face directory and return its path.
 
@@ -45,17 +45,21 @@ def write_directory(
         metadata: free text for each file's header; by default ``{"format": "pt"}``, which transformers wants.
         extra_files: further files by name, such as ``config.json``.
         overwrite: replace an existing directory, which keeps its name until the new one is complete.
+        stem: the files' names begin with it, such as ``adapter_model`` for ``adapter_model.safetensors``.
 
     Raises:
         FileExistsError: `path` exists and `overwrite` is not set.
-        WeightsError: there is no tensor, a dtype cannot be stored, or a `Lazy` reads another shape or dtype.
+        WeightsError: there is no tensor, a stem that is no name, a dtype cannot be stored, or a `Lazy` reads another
+            shape or dtype.
         OSError: the disk is full, or the place cannot be written.
     """
     path = pathlib.Path(path).resolve()
+    if not re.fullmatch(r"[\w.-]+", stem):
+        raise WeightsError(f"stem={stem!r}; expected letters, digits, '_', '-' and '.'")
     text = {"format": "pt"} if metadata is None else dict(metadata)
     lazies = {name: item if isinstance(item, Lazy) else lazy_of(item) for name, item in tensors.items()}
-    shards = _shards(lazies, max_shard_bytes)
-    extra = _checked_extra(extra_files or {})
+    shards = _shards(lazies, max_shard_bytes, stem)
+    extra = _checked_extra(extra_files or {}, stem)
     if path.exists() and not overwrite:
         raise FileExistsError(f"{path} exists; pass overwrite=True to replace it, or choose another path")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +70,7 @@ def write_directory(
             _write_file(partial / file, {n: lazies[n] for n in names}, text)
         files = dict(extra)
         if len(shards) > 1:
-            files[INDEX] = _index(lazies, shards)
+            files[f"{stem}.safetensors.index.json"] = _index(lazies, shards)
         for name, content in files.items():
             _write_bytes(partial / name, content)
         _sync(partial)
@@ -77,7 +81,7 @@ def write_directory(
     return path
 
 
-def _shards(lazies: Mapping[str, Lazy], limit: int) -> dict[str, list[str]]:
+def _shards(lazies: Mapping[str, Lazy], limit: int, stem: str) -> dict[str, list[str]]:
     if not lazies:
         raise WeightsError("there are no tensors to write")
     bad = [n for n in lazies if not isinstance(n, str) or not n or n == "__metadata__"]
@@ -94,13 +98,13 @@ def _shards(lazies: Mapping[str, Lazy], limit: int) -> dict[str, list[str]]:
         groups[-1].append(name)
         used += lazy.nbytes
     if len(groups) == 1:
-        return {SINGLE: groups[0]}
-    return {f"model-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
+        return {f"{stem}.safetensors": groups[0]}
+    return {f"{stem}-{i:05d}-of-{len(groups):05d}.safetensors": names for i, names in enumerate(groups, 1)}
 
 
-def _checked_extra(extra: Mapping[str, str | bytes]) -> dict[str, bytes]:
+def _checked_extra(extra: Mapping[str, str | bytes], stem: str) -> dict[str, bytes]:
     for name, content in extra.items():
-        reserved = name == INDEX or re.fullmatch(r"model(-\d+-of-\d+)?\.safetensors", name)
+        reserved = re.fullmatch(rf"{re.escape(stem)}(-\d+-of-\d+)?\.safetensors(\.index\.json)?", name)
         if reserved or pathlib.PurePath(name).name != name or name in ("", ".", ".."):
             raise WeightsError(f"extra file {name!r}; expected a plain file name that is none of the weights' own")
         if not isinstance(content, str | bytes):
