@@ -66,3 +66,17 @@ def make_engine(compiled, monkeypatch):
     yield make
     for engine in made:
         engine.close()
+
+
+@pytest.fixture
+def compilations():
+    """What is compiled during a test, on any thread."""
+    found = []
+
+    def note(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            found.append(seconds)
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    yield found
+    jax.monitoring.unregister_event_duration_listener(note)

@@ -55,20 +55,6 @@ def test_too_many_memory_maps_are_an_error_before_the_compiler_dies(tmp_path, ma
     check_maps(tmp_path / "maps", tmp_path / "limit")
 
 
-@pytest.fixture
-def compilations():
-    """What is compiled during a test, on any thread."""
-    found = []
-
-    def note(event, seconds, **_):
-        if event == "/jax/core/compile/backend_compile_duration":
-            found.append(seconds)
-
-    jax.monitoring.register_event_duration_secs_listener(note)
-    yield found
-    jax.monitoring.unregister_event_duration_listener(note)
-
-
 def test_nothing_is_compiled_once_the_engine_is_ready(make_engine, compilations):
     """A request with unusual parameters stalls everyone while something compiles."""
     engine = make_engine(chunk_tokens=7, cache_tokens=64)
