@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from dovetail_kernels import Clamped, LinearScaling, Llama3Scaling, LongRopeScaling, YarnScaling
-from dovetail_models import FAMILIES, Gpt2, from_pretrained, merge, save_pretrained, split, weight_map
+from dovetail_models import FAMILIES, Gpt2, SparseMLP, from_pretrained, merge, save_pretrained, split, weight_map
 from dovetail_models.decoder import Block
 from dovetail_models.delta_net import GatedDeltaNet
 from dovetail_models.family import architecture_family
