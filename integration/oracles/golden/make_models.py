@@ -1,7 +1,7 @@
 """Write packages/models/tests/golden: tiny random checkpoints of every family with their logits and gradients.
 
 The configurations are those of packages/models/tests/matrix.toml. Run inside the oracle environment `hf` (torch 2.13.0,
-transformers 5.23): ``python make_models.py [names]``, by default all.
+transformers 5.23): ``python make_models.py [names]``, by default all. Logits and gradients are computed in float64.
 """
 
 import json
@@ -131,7 +131,7 @@ def make(name: str, case: dict[str, Any], seed: int) -> None:
     if store.get("old_style"):
         old_style(folder)
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **EAGER)
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64, **EAGER)
     tokens = torch.randint(0, SIZES["vocab_size"], (2, 21))
     targets = torch.randint(0, SIZES["vocab_size"], (2, 21))
     logits = model(tokens).logits
@@ -139,8 +139,9 @@ def make(name: str, case: dict[str, Any], seed: int) -> None:
     loss.backward()
     gradients = stored_gradients(model)
     arrays = {"tokens": tokens.numpy().astype(np.int32), "targets": targets.numpy().astype(np.int32)}
-    arrays |= {"logits": logits.detach().numpy(), "loss": np.float32(loss.item())}
-    np.savez_compressed(folder / "expected.npz", **arrays, **gradients)
+    arrays |= {"logits": logits.detach().numpy().astype(np.float32), "loss": np.float32(loss.item())}
+    arrays |= {name: gradient.astype(np.float32) for name, gradient in gradients.items()}
+    np.savez_compressed(folder / "expected.npz", **arrays)
 
 
 def main() -> None:
