@@ -7,7 +7,10 @@ import optax
 import pytest
 from train_toys import FarLM, batch_of, quadratic, regression, tiny
 
-from dovetail_train import init_state, make_step, next_token
+from dovetail_protocols import paths
+from dovetail_protocols.testing import FakeQuantized
+from dovetail_runtime import DATA, mesh
+from dovetail_train import Trainer, init_state, make_step, next_token
 
 KEEP_GRADIENT = optax.GradientTransformation(lambda p: p, lambda g, s, p=None: (jax.tree.map(jnp.zeros_like, g), g))
 
@@ -192,3 +195,44 @@ def test_unknown_auxiliary_name_lists_the_known_ones():
     definition, params = tiny()
     with pytest.raises(ValueError, match=r"\['balance'\].*\['size'\]"):
         next_token(definition, auxiliary={"balance": 1.0})(params, batch_of(0))
+
+
+FEW = ["hea*"]
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_only_what_is_chosen_is_trained(accumulate):
+    """Breaks when a frozen parameter moves or has a state, or a trained one moves in another way than among all."""
+    definition, params = tiny()
+    loss, optimizer = next_token(definition), optax.sgd(0.1, momentum=0.9)
+    chosen = set(paths.select(params, FEW))
+    after = {}
+    for name in (FEW, "**"):
+        state = init_state(params, optimizer, trained=name)
+        step = jax.jit(make_step(loss, optimizer, accumulate=accumulate, trained=name))
+        state, metrics = step(state, batch_of(0))
+        after[str(name)] = paths.flatten(state.params), len(jax.tree.leaves(state.opt_state)), metrics
+    (few, states, metrics), (every, all_states, all_metrics) = after.values()
+    assert (states, all_states) == (len(chosen), len(every))
+    assert metrics["loss"] == all_metrics["loss"]
+    assert 0 < metrics["grad_norm"] < all_metrics["grad_norm"]
+    for address, before in paths.flatten(params).items():
+        np.testing.assert_array_equal(few[address], every[address] if address in chosen else before)
+        assert address not in chosen or not np.array_equal(few[address], before)
+
+
+def test_a_pattern_of_nothing_is_refused():
+    with pytest.raises(paths.PatternError, match="'heads' matches no leaf"):
+        init_state(tiny()[1], optax.sgd(0.1), trained="heads")
+
+
+@pytest.mark.parametrize("places", [{}, {"mesh": mesh(data=-1), "rules": DATA}], ids=["one device", "mesh"])
+def test_what_is_frozen_may_be_quantized(places):
+    """Breaks when integers are differentiated, or a part of a quantized parameter moves."""
+    definition, params = tiny()
+    params = {**params, "embedding": FakeQuantized.of(params, "embedding").quantized["embedding"]}
+    trainer = Trainer(params, next_token(definition), optax.sgd(0.1), trained=["head"], **places)
+    losses = [float(trainer.step(batch_of(0))["loss"]) for _ in range(3)]
+    assert losses[-1] < losses[0]
+    jax.tree.map(np.testing.assert_array_equal, trainer.params["embedding"], params["embedding"])
+    assert not np.array_equal(trainer.params["head"], params["head"])

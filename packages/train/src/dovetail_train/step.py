@@ -5,19 +5,20 @@ the whole batch, then scales each micro-batch's sums by them: the gradients of n
 exactly the gradient of the whole batch, whatever the masks.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple, TypeAlias
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from dovetail_protocols import LossOutput, batch_size
+from dovetail_protocols import LossOutput, batch_size, paths
 
 __all__ = ["Metrics", "StepFunction", "TrainState", "init_state", "make_step"]
 
 Metrics: TypeAlias = Mapping[str, jax.Array]
 OBJECTIVE = "loss/"
+ALL = "**"
 
 
 class TrainState(NamedTuple):
@@ -26,7 +27,7 @@ class TrainState(NamedTuple):
     Attributes:
         step: int32 scalar, how many steps have been taken.
         params: the parameters.
-        opt_state: the optimizer's state.
+        opt_state: the optimizer's state, of the parameters that are trained.
         key: a typed random key that never changes (each step derives its own from it), or None.
     """
 
@@ -39,13 +40,23 @@ class TrainState(NamedTuple):
 StepFunction: TypeAlias = Callable[[TrainState, Any], tuple[TrainState, Metrics]]
 
 
-def init_state(params: Any, optimizer: optax.GradientTransformation, key: jax.Array | None = None) -> TrainState:
-    """Return the state before the first step."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(params), key)
+def init_state(
+    params: Any,
+    optimizer: optax.GradientTransformation,
+    key: jax.Array | None = None,
+    *,
+    trained: str | Iterable[str] = ALL,
+) -> TrainState:
+    """Return the state before the first step; for `trained` see `make_step`."""
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(_part(params, trained)), key)
 
 
 def make_step(
-    loss: Callable[..., LossOutput], optimizer: optax.GradientTransformation, *, accumulate: int = 1
+    loss: Callable[..., LossOutput],
+    optimizer: optax.GradientTransformation,
+    *,
+    accumulate: int = 1,
+    trained: str | Iterable[str] = ALL,
 ) -> StepFunction:
     """Return ``step(state, batch) -> (state, metrics)``, to be jitted with the state donated.
 
@@ -57,26 +68,44 @@ def make_step(
             one that depends on (key, step, micro-batch) alone.
         optimizer: an optax transformation.
         accumulate: how many micro-batches a batch is split into; must divide its rows.
+        trained: patterns of the parameters that are trained, see `dovetail_protocols.paths.select`. The optimizer sees
+            no others (None is in their places), no gradient of theirs is made, and they stay bit by bit what they are;
+            so they may be quantized.
 
     Raises:
         ValueError: `accumulate` is below 1; from the step: it does not divide the rows of the batch.
+        PatternError: from the step: a pattern matches no parameter.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate}; expected at least 1")
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
+        part, whole = _part(state.params, trained), state.params
+
+        def of_part(part: Any, *arguments: Any) -> LossOutput:
+            return loss(paths.update(whole, paths.flatten(part)), *arguments)
+
+        state = state._replace(params=part)
         if accumulate == 1:
-            gradients, output = _gradients(loss, state, batch, _keys(state, 1)[0], None)
+            gradients, output = _gradients(of_part, state, batch, _keys(state, 1)[0], None)
         else:
-            gradients, output = _accumulated(loss, state, batch, accumulate)
-        updates, opt_state = optimizer.update(gradients, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+            gradients, output = _accumulated(of_part, state, batch, accumulate)
+        updates, opt_state = optimizer.update(gradients, state.opt_state, part)
+        params = paths.update(whole, paths.flatten(optax.apply_updates(part, updates)))
         metrics = {"loss": output.sum / output.weight, "weight": output.weight}
         metrics["grad_norm"] = optax.tree.norm(gradients)
         metrics |= {name: term.sum / term.weight for name, term in output.aux.items()}
         return TrainState(state.step + 1, params, opt_state, state.key), metrics
 
     return step
+
+
+def _part(params: Any, trained: str | Iterable[str]) -> Any:
+    """Return the parameters that are trained; the others are None, which is no leaf."""
+    if trained == ALL:
+        return params
+    chosen = set(paths.select(params, trained))
+    return jax.tree_util.tree_map_with_path(lambda path, x: x if paths.path_of(path) in chosen else None, params)
 
 
 def _keys(state: TrainState, count: int) -> Any:

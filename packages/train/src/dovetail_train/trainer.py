@@ -1,10 +1,11 @@
 """Trainer: a jitted, donated step over a state, usable step by step or through `fit`."""
 
 import contextlib
+import functools
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -38,6 +39,7 @@ class Trainer:
         loss: see `dovetail_train.make_step`.
         optimizer: an optax transformation.
         accumulate: micro-batches per step.
+        trained: patterns of the parameters that are trained, see `dovetail_train.make_step`.
         key: a typed random key, when the loss takes one.
         mesh: where batches and parameters live; None for one device.
         rules: how logical axes map to the mesh (`dovetail_runtime.Rules`); needed with a mesh.
@@ -54,6 +56,7 @@ class Trainer:
         optimizer: optax.GradientTransformation,
         *,
         accumulate: int = 1,
+        trained: str | Iterable[str] = "**",
         key: jax.Array | None = None,
         mesh: jax.sharding.Mesh | None = None,
         rules: Rules | None = None,
@@ -62,20 +65,22 @@ class Trainer:
         if mesh is not None and rules is None:
             raise ValueError("mesh without rules; pass for example dovetail_runtime.DATA as rules")
         self._mesh, self._rules = mesh, rules
-        step = make_step(loss, optimizer, accumulate=accumulate)
-        self._shardings = self._state_shardings(params, optimizer, key, shardings)
+        trained = trained if isinstance(trained, str) else tuple(trained)
+        step = make_step(loss, optimizer, accumulate=accumulate, trained=trained)
+        begin = functools.partial(init_state, optimizer=optimizer, trained=trained)
+        self._shardings = self._state_shardings(params, begin, key, shardings)
         outputs = None if self._shardings is None else (self._shardings, None)
         self._step = jax.jit(step, donate_argnums=0, out_shardings=outputs)
-        start = jax.jit(lambda p, k: init_state(_copy(p), optimizer, _copy(k)), out_shardings=self._shardings)
+        start = jax.jit(lambda p, k: begin(_copy(p), key=_copy(k)), out_shardings=self._shardings)
         self.state: TrainState = start(params, key)
 
-    def _state_shardings(self, params: Any, optimizer: Any, key: Any, shardings: Any) -> Any:
+    def _state_shardings(self, params: Any, begin: Callable[..., TrainState], key: Any, shardings: Any) -> Any:
         if self._mesh is None:
             return None
         if shardings is None:
             replicated = jax.sharding.NamedSharding(self._mesh, jax.sharding.PartitionSpec())
             shardings = jax.tree.map(lambda _: replicated, params)
-        state = jax.eval_shape(lambda p, k: init_state(p, optimizer, k), params, key)
+        state = jax.eval_shape(lambda p, k: begin(p, key=k), params, key)
         return shardings_like(state, params, shardings)
 
     @property
