@@ -27,7 +27,8 @@ from dovetail_models import (
     with_lora,
 )
 from dovetail_models.adapter import flat_adapter
-from dovetail_protocols import paths
+from dovetail_models.lora_command import LoraCommand
+from dovetail_protocols import CommandError, paths
 from dovetail_weights import SafetensorsFile, WeightsError, write_directory
 
 GOLDEN = ("lora", "rslora_patterns", "dora_fused", "fused", "tied", "experts")
@@ -264,3 +265,33 @@ def test_adapters_of_another_model(build: Any, small: Any, folder: Path, tmp_pat
     other = save_pretrained(build(dataclasses.replace(small, hidden=40)), tmp_path / "other")
     with pytest.raises(ValueError, match=r"layers/0/mlp/\w+: the adapter of .* another base"):
         load_lora(folder, other)
+
+
+def test_the_command_shows_and_merges(golden: Path, tmp_path: Path, capsys: Any) -> None:
+    base, path = golden / "gqa_llama3", golden / "adapters/lora"
+    LoraCommand(str(path), str(base)).run()
+    shown = capsys.readouterr().out.splitlines()
+    assert "layers/*/attention/query  LoRA of rank 2, scale 1.5: 2 with 256 numbers" in "\n".join(shown)
+    assert shown[-1].endswith("kB")
+    LoraCommand(str(path), str(base), tmp_path / "merged", dtype="float32").run()
+    expected = merge_lora(base, load_lora(path, base)).build()
+    made = from_pretrained(tmp_path / "merged")
+    jax.tree.map(np.testing.assert_array_equal, nnx.state(made), nnx.state(expected))
+
+
+def test_the_command_leaves_nothing_after_an_error(golden: Path, tmp_path: Path) -> None:
+    base, path = golden / "gqa_llama3", golden / "adapters/lora"
+    for adapter, model, match in (
+        (tmp_path, base, "adapter_config.json does not exist"),
+        (path, golden / "gpt2_learned_positions", "the model has no such weight"),
+        (path, tmp_path, "config.json does not exist"),
+    ):
+        with pytest.raises(CommandError, match=match):
+            LoraCommand(str(adapter), str(model), tmp_path / "merged").run()
+    huge = edited(shutil.copytree(path, tmp_path / "huge"), alpha_pattern={r"1\.mlp\.up_proj": 1e39})
+    with pytest.raises(CommandError, match="layers/1/mlp/up with its adapter: holds NaN"):
+        LoraCommand(str(huge), str(base), tmp_path / "merged").run()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["huge"]
+    LoraCommand(str(path), str(base), tmp_path / "merged").run()
+    with pytest.raises(CommandError, match="overwrite"):
+        LoraCommand(str(path), str(base), tmp_path / "merged").run()

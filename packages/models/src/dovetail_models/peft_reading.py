@@ -37,6 +37,12 @@ def read_adapter(
 ) -> dict[str, Lora]:
     """Return the adapters by address; see `dovetail_models.load_lora`."""
     modules = _modules(tensors)
+    heads = {tied_head(target.parts[0].address, model_config) for target in targets}
+    known = {target.module for target in targets} | heads
+    for name in modules:
+        if name.replace(".base_layer", "") not in known:
+            near = nearest(name, [target.module for target in targets])
+            raise ValueError(f"{name}: the adapter changes it, the model has no such weight; the nearest are: {near}")
     modules = _without_head(modules, config, targets, model_config)
     flat: dict[str, Lora] = {}
     for name, found in modules.items():
@@ -92,11 +98,6 @@ def _without_head(
 def _target(name: str, modules: Mapping[str, Any], config: PeftConfig, targets: Sequence[Target]) -> Target:
     bare = name.replace(".base_layer", "")
     here = [target for target in targets if target.module == bare]
-    if not here:
-        raise ValueError(
-            f"{bare}: the adapter changes it, the model has no such weight; the nearest are: "
-            f"{nearest(bare, [target.module for target in targets])}"
-        )
     if here[0].parameter is None:
         if not config.adapts(bare):
             raise ValueError(f"{bare}: there are tensors for it, but {CONFIG} does not name it in target_modules")
