@@ -179,7 +179,7 @@ class Mixer(Protocol):
             latent: one vector per token, normalised.
             rope_key: one vector per token, rotated.
             expand: weights ``[latent_dim, heads, nope_dim]`` of the keys and ``[latent_dim, heads, value_dim]`` of the
-                values, arrays or QuantizedArrays.
+                values; each is a `dovetail_protocols.Weight`.
             scale: factor of the logits.
         """
         ...
@@ -253,7 +253,7 @@ class LanguageModel(Protocol):
     def unembedding(self) -> tuple[Any, Any | None, float | None]:
         """Return ``(W[features, vocab], bias[vocab] or None, soft cap or None)`` for losses that chunk the logits.
 
-        ``W`` may be a QuantizedArray.
+        ``W`` is a `dovetail_protocols.Weight`.
         """
         ...
 
