@@ -52,6 +52,7 @@ def composed(model: Any, order: list[int]) -> Any:
     return copy
 
 
+@pytest.mark.usefixtures("one_of_each_kind")
 @pytest.mark.parametrize("name", MODELS)
 def test_layers_are_those_of_their_source(name: str, logits: Any, tmp_path: Path) -> None:
     """Windows, positions, experts and kinds of mixing go with the layer, also through config.json."""
@@ -67,6 +68,7 @@ def test_layers_are_those_of_their_source(name: str, logits: Any, tmp_path: Path
     assert [facts(layer) for layer in again.layers] == [facts(layer) for layer in deep.layers]
 
 
+@pytest.mark.usefixtures("one_of_each_kind")
 @pytest.mark.parametrize("name", MODELS)
 def test_copies_with_zero_outputs_add_nothing(name: str, logits: Any) -> None:
     """Training goes on where it was."""

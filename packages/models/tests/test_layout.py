@@ -22,6 +22,7 @@ DEEP = {
 }
 
 
+@pytest.mark.usefixtures("one_of_each_kind")
 @pytest.mark.parametrize("name", DEEP)
 def test_there_and_back(name: str) -> None:
     """Bit by bit, with the definition of a model that was built so."""

@@ -42,6 +42,7 @@ def made(name: str, **options: Any) -> Any:
     return kind(config, rngs=nnx.Rngs(0), **options)
 
 
+@pytest.mark.usefixtures("one_of_each_kind")
 @pytest.mark.parametrize("name", ALL)
 def test_a_model_that_is_built_again_is_the_same(name: str) -> None:
     model = made(name)

@@ -71,6 +71,7 @@ def out(model: Any) -> jax.Array:
     return model.unembed(hidden)
 
 
+@pytest.mark.usefixtures("one_of_each_kind")
 @pytest.mark.parametrize("name", MODELS | ENCODERS)
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_every_weight_of_every_family(name: str, dora: bool, soak: bool) -> None:

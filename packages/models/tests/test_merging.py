@@ -126,6 +126,7 @@ def test_random_numbers_do_not_depend_on_parts() -> None:
     assert abs(np.corrcoef(whole.ravel(), other.ravel())[0, 1]) < 0.06
 
 
+@pytest.mark.usefixtures("one_of_each_kind")
 @pytest.mark.parametrize("name", MODELS | ENCODERS)
 def test_every_family(name: str) -> None:
     """A model merged with itself, or with nothing learned, is itself up to rounding."""

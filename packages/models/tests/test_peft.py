@@ -62,6 +62,7 @@ def test_adapters_of_peft(name: str, golden: Path, logits: Any, tmp_path: Path) 
         np.testing.assert_allclose(logits(changed, tokens), expected["logits"], atol=1e-4)
 
 
+@pytest.mark.usefixtures("one_of_each_kind")
 @pytest.mark.parametrize("name", MODELS | ENCODERS)
 def test_there_and_back(name: str, tmp_path: Path) -> None:
     """Every weight of every family that a module or parameter of theirs holds, and what does not is named."""

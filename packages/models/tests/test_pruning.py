@@ -36,6 +36,7 @@ def parts(model: Any, end: str) -> dict[str, np.ndarray]:
     return {a: np.array(x) for a, x in flat(model).items() if a.endswith(end) and ("layers/" in a or "ahead/" in a)}
 
 
+@pytest.mark.usefixtures("one_of_each_kind")
 @pytest.mark.parametrize("name", HEADS)
 def test_heads_that_went_gave_nothing(name: str, logits: Any) -> None:
     """The model is the one in which their output weights are zero; every layer loses others."""
@@ -54,6 +55,7 @@ def test_heads_that_went_gave_nothing(name: str, logits: Any) -> None:
     assert abs(expected - logits(model, TOKENS)).max() > 0.01
 
 
+@pytest.mark.usefixtures("one_of_each_kind")
 @pytest.mark.parametrize("name", HIDDEN)
 def test_hidden_features_that_went_gave_nothing(name: str, logits: Any) -> None:
     model = made(name)
@@ -65,6 +67,7 @@ def test_hidden_features_that_went_gave_nothing(name: str, logits: Any) -> None:
     np.testing.assert_allclose(logits(pruned, TOKENS), logits(replaced(model, downs), TOKENS), atol=1e-5)
 
 
+@pytest.mark.usefixtures("one_of_each_kind")
 @pytest.mark.parametrize("name", EXPERTS)
 def test_experts_that_went_are_never_chosen(name: str, logits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model is the one in which their logits are minus infinity, whatever the scoring."""

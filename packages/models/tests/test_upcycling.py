@@ -45,6 +45,7 @@ def largest(a: jax.Array, b: jax.Array) -> float:
     return float(jnp.abs(a - b).max())
 
 
+@pytest.mark.usefixtures("one_of_each_kind")
 @pytest.mark.parametrize("name", DENSE)
 def test_it_begins_as_the_dense_model(name: str, logits: Any) -> None:
     """Two slices of each of two copies, of families with gates, biases, norms after blocks, tied embeddings."""

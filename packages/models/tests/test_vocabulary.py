@@ -15,6 +15,7 @@ from dovetail_models import Gemma3Multimodal, from_pretrained, resize_vocabulary
 from dovetail_weights import WeightsError
 
 
+@pytest.mark.usefixtures("one_of_each_kind")
 @pytest.mark.parametrize("name", MODELS)
 def test_old_tokens_keep_their_logits(name: str, logits: Any) -> None:
     """Exactly; new ones have the mean logits of the old ones, since logits are linear in the weights of a token."""

@@ -21,6 +21,7 @@ def grown(name: str, **options: Any) -> Any:
     return drawn(kind(dataclasses.replace(config, **changes), rngs=nnx.Rngs(0), **options))
 
 
+@pytest.mark.usefixtures("one_of_each_kind")
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_stay(name: str, logits: Any) -> None:
     """Of every family of decoders, with all widths and copies that differ."""
