@@ -33,6 +33,7 @@ def test_a_changed_model_begins_where_the_other_does_and_learns(pipeline, corpus
     monkeypatch.setattr(continued, "EVALUATIONS", 2)
     monkeypatch.setattr(continued, "VALID_BATCHES", 1)
     monkeypatch.setattr(continued, "BATCH", 4)
+    monkeypatch.setattr(continued, "VOCAB", 512)
     curves = pipeline.compare(tmp_path, 0.05, 0, corpus)
     known, new = curves.values()
     assert known[0].bits_per_byte == pytest.approx(new[0].bits_per_byte, rel=1e-4)
