@@ -10,6 +10,7 @@ import statistics
 import time
 from typing import Any
 
+from kernels import System
 from protocol import Benchmark, Case, Contestant, nearby
 
 BLOCK = {"experts": 16, "top_k": 2, "tokens": 1024, "features": 128, "hidden": 256}
@@ -27,7 +28,7 @@ def weights(c: dict[str, Any]) -> dict[str, Any]:
     return {name: rng.standard_normal(s, np.float32) * s[-2] ** -0.5 for name, s in shapes.items()}
 
 
-class Block:
+class Block(System):
     """One compiled forward and backward."""
 
     def __init__(self, c: dict[str, Any]) -> None:
@@ -50,27 +51,6 @@ class Block:
     def block(self, c: dict[str, Any]) -> tuple[str, Any]:
         """The name and ``function(params, x)``."""
         raise NotImplementedError
-
-    def run(self) -> None:
-        """One call."""
-        import jax
-
-        self.out = jax.block_until_ready(self.compiled(*self.operands))
-
-    def checksum(self) -> list[float]:
-        """A random projection of every result."""
-        import jax
-        import numpy as np
-
-        sums = list[float]()
-        for leaf in jax.tree.leaves(self.out):
-            x = np.asarray(leaf, np.float64).reshape(-1)
-            sums.append(float(x @ np.random.default_rng(len(sums)).standard_normal(x.size)) / x.size**0.5)
-        return sums
-
-    def memory(self) -> float:
-        """MB of temporaries."""
-        return self.compiled.memory_analysis().temp_size_in_bytes / 2**20
 
     def extra(self) -> dict[str, float]:
         """Milliseconds that AdamW takes for the same weights."""

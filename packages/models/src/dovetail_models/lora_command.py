@@ -2,9 +2,10 @@
 
 import dataclasses
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from dovetail_models.commands import user_errors
+from dovetail_models.surgery_commands import Writes
 
 if TYPE_CHECKING:
     from dovetail_models.adapter import Adapter
@@ -13,7 +14,7 @@ __all__ = ["LoraCommand"]
 
 
 @dataclasses.dataclass(frozen=True)
-class LoraCommand:
+class LoraCommand(Writes):
     """Show an adapter of peft and what it changes in a model, or write the model with it merged; all or nothing."""
 
     adapter: str
@@ -26,12 +27,6 @@ class LoraCommand:
     """Architecture to read out of a larger model, such as T5EncoderModel; default the one that config.json names."""
     revision: str | None = None
     """Branch, tag or commit of the hub."""
-    dtype: Literal["bfloat16", "float16", "float32"] | None = None
-    """Of the merged floating-point tensors; default their own."""
-    max_shard_bytes: int = 5_000_000_000
-    """A file is closed before it grows beyond this."""
-    overwrite: bool = False
-    """Replace an existing directory."""
 
     def run(self) -> None:
         """Print what the adapter is, and write what was asked for."""
@@ -42,10 +37,7 @@ class LoraCommand:
             adapter = load_lora(self.adapter, base)
             print("\n".join(described(adapter)))
             if self.merged is not None:
-                merge_lora(base, adapter).save(
-                    self.merged, dtype=self.dtype, max_shard_bytes=self.max_shard_bytes, overwrite=self.overwrite
-                )
-                print(f"{self.merged}: written")
+                self.write(merge_lora(base, adapter), self.merged)
 
 
 def described(adapter: "Adapter") -> list[str]:

@@ -9,11 +9,11 @@ from dovetail_models.commands import user_errors
 if TYPE_CHECKING:
     from dovetail_models.lazy_model import LazyModel
 
-__all__ = ["Merge", "Prune", "Resize", "Upcycle", "Upscale"]
+__all__ = ["Merge", "Prune", "Resize", "Upcycle", "Upscale", "Writes"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Writes:
+class Writes:
     """What the commands share: how the result is written."""
 
     dtype: Literal["bfloat16", "float16", "float32"] | None = None
@@ -35,7 +35,7 @@ class _Writes:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class _Changes(_Writes):
+class _Changes(Writes):
     """What commands share that change one model."""
 
     source: str
@@ -164,7 +164,7 @@ class Resize(_Changes):
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Merge(_Writes):
+class Merge(Writes):
     """Write one model that is made of several of the same sizes."""
 
     destination: Path
