@@ -16,10 +16,19 @@ jax.config.update("jax_num_cpu_devices", 8)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+SOAK = os.environ.get("DOVETAIL_SOAK") == "1"
+
+
 @pytest.fixture
 def soak() -> bool:
     """Whether the long counts run (nox -s soak); the default run takes about a tenth."""
-    return os.environ.get("DOVETAIL_SOAK") == "1"
+    return SOAK
+
+
+def pytest_runtest_setup(item):
+    """Leave what is marked so to the long counts."""
+    if item.get_closest_marker("soak") and not SOAK:
+        pytest.skip("long: set DOVETAIL_SOAK=1")
 
 
 @pytest.fixture(scope="module")

@@ -110,10 +110,8 @@ def test_killed_inside_a_save_and_between_steps_then_resumed(corpus, whole, tmp_
 
 
 @pytest.mark.soak
-def test_killed_at_many_moments(corpus, whole, tmp_path, soak):
+def test_killed_at_many_moments(corpus, whole, tmp_path):
     """The same at every stage of a save, before the plan, and at random steps."""
-    if not soak:
-        pytest.skip("long: set DOVETAIL_SOAK=1")
     rng = np.random.default_rng(0)
     faults = [("orbax", 1), ("manifest", 2), ("commit", 1), ("delete", 1)]
     for number, fault in enumerate([*faults, *[None] * 8]):

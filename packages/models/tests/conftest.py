@@ -23,8 +23,6 @@ from dovetail_kernels import DenseMixer, linear_cross_entropy
 from dovetail_runtime import split_of
 
 GOLDEN = Path(__file__).parent / "golden"
-KINDS = {"bert", "deepseek_v3", "gemma2", "gpt2", "gpt_oss", "llama", "mamba2", "qwen3_next", "siglip", "smollm3"}
-"""Families that differ in what matters to most tests of all of them."""
 sys.path.insert(0, str(Path(__file__).parent))  # tests import model_toys from here
 
 
@@ -34,13 +32,6 @@ def untyped() -> Iterator[None]:
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
-
-
-@pytest.fixture
-def one_of_each_kind(request: pytest.FixtureRequest, soak: bool) -> None:
-    """Leave families that are much like another one to the long counts; the test has the parameter `name`."""
-    if not soak and request.node.callspec.params["name"] not in KINDS:  # pyright: ignore[reportUnknownMemberType]
-        pytest.skip("one family of each kind in the default run, all with the long counts")
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,9 @@
-"""A small model of every family, and of every encoder."""
+"""A small model of every family, and of every encoder; and which of them a default run takes."""
 
+from collections.abc import Collection, Iterable
 from typing import Any
+
+import pytest
 
 from dovetail_kernels import LongRopeScaling, YarnScaling
 from dovetail_models import (
@@ -142,3 +145,13 @@ ENCODERS: dict[str, tuple[Any, Any]] = {
     "vit": (ViTModel, ViTConfig(**LAYERS, **IMAGES)),
     "classifier": (ViTForImageClassification, ViTClassifierConfig(**LAYERS, **IMAGES, labels=("cat", "dog"))),
 }
+
+KINDS = ("bert", "deepseek_v3", "gemma2", "gpt2", "gpt_oss", "llama", "mamba2", "qwen3_next", "siglip", "smollm3")
+"""Families that differ in what matters to most tests of all of them."""
+FEW = ("deepseek_v3", "gemma2", "gpt2", "gpt_oss", "siglip")
+"""The same for tests that compile much."""
+
+
+def by_default(names: Iterable[str], chosen: Collection[str] = KINDS) -> list[Any]:
+    """Parameters of a test: the long counts take all, a default run the chosen ones."""
+    return [name if name in chosen else pytest.param(name, marks=pytest.mark.soak) for name in names]

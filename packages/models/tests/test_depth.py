@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from model_toys import ENCODERS, MODELS
+from model_toys import ENCODERS, FEW, MODELS, by_default
 from surgery_toys import TOKENS, encoded, flat, made, same
 
 from dovetail_kernels import DenseMixer
@@ -52,8 +52,7 @@ def composed(model: Any, order: list[int]) -> Any:
     return copy
 
 
-@pytest.mark.usefixtures("one_of_each_kind")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", by_default(MODELS, FEW))
 def test_layers_are_those_of_their_source(name: str, logits: Any, tmp_path: Path) -> None:
     """Windows, positions, experts and kinds of mixing go with the layer, also through config.json."""
     model, order = deeper(name), ORDERS[name]
@@ -68,8 +67,7 @@ def test_layers_are_those_of_their_source(name: str, logits: Any, tmp_path: Path
     assert [facts(layer) for layer in again.layers] == [facts(layer) for layer in deep.layers]
 
 
-@pytest.mark.usefixtures("one_of_each_kind")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", by_default(MODELS, FEW))
 def test_copies_with_zero_outputs_add_nothing(name: str, logits: Any) -> None:
     """Training goes on where it was."""
     model = deeper(name)
@@ -118,7 +116,7 @@ def test_stacked_layers_and_options_stay(build: Any, small: Any, logits: Any) ->
     np.testing.assert_array_equal(flat(deep)["layers/cycle/0/mlp/up"], up[[0, 1, 2, 1, 2]])
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize("name", by_default(ENCODERS, ("bert", "siglip", "t5")))
 def test_encoders(name: str) -> None:
     """Those that normalise what goes in begin as they were; those that normalise sums cannot."""
     model, at = made(name), "vision/layers" if name == "siglip" else None

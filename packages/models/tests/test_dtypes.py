@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from model_toys import MODELS
+from model_toys import MODELS, by_default
 
 from dovetail_kernels import DenseMixer, attention
 from dovetail_models import (
@@ -72,7 +72,7 @@ def narrow(function: Any, *arguments: Any) -> set[str]:
     return {name for name, dtypes in found if name in EXACT and HALF in dtypes}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", by_default(MODELS))
 def test_of_a_decoder(name: str, objective: Any) -> None:
     """A softmax of 16 bits forgets tokens of long rows; a sum of 16 bits stops growing at 256."""
     definition, shapes = half(*MODELS[name])

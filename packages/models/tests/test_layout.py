@@ -7,10 +7,10 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
-from model_toys import MODELS
+from model_toys import MODELS, by_default
 from surgery_toys import TOKENS, made, same
 
-from dovetail_models import Gemma3Multimodal, init, logical_axes, placements, split, stacked, unstacked
+from dovetail_models import Gemma3Multimodal, init, logical_axes, merge, placements, split, stacked, unstacked
 from dovetail_runtime import FSDP, mesh
 
 DEEP = {
@@ -22,8 +22,7 @@ DEEP = {
 }
 
 
-@pytest.mark.usefixtures("one_of_each_kind")
-@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("name", by_default(DEEP))
 def test_there_and_back(name: str) -> None:
     """Bit by bit, with the definition of a model that was built so."""
     kind, config = MODELS[name]
@@ -50,8 +49,9 @@ def test_on_a_mesh(scan: bool, build: Any, small: Any) -> None:
     """Every parameter is where a model that was built so has it."""
     devices, config = mesh(fsdp=8), dataclasses.replace(small, layers=3)
     model = init(lambda: build(config, scan=scan), devices, FSDP)
-    changed = unstacked(model) if scan else stacked(model)
-    same(changed, build(config, scan=not scan))
+    operate = unstacked if scan else stacked
+    changed, (definition, params) = operate(model), split(model)
+    same(changed, operate(merge(definition, jax.tree.map(jax.numpy.asarray, jax.device_get(params)))))
     fits = jax.tree.map(
         lambda x, place: x.sharding.is_equivalent_to(place, x.ndim),
         split(changed)[1],

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from model_toys import ENCODERS, MODELS
+from model_toys import ENCODERS, MODELS, by_default
 
 from dovetail_models import LazyModel, elementwise, from_pretrained, lazy, merge, placements, save_pretrained, split
 from dovetail_models import surgery as surgery_of
@@ -42,8 +42,7 @@ def made(name: str, **options: Any) -> Any:
     return kind(config, rngs=nnx.Rngs(0), **options)
 
 
-@pytest.mark.usefixtures("one_of_each_kind")
-@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("name", by_default(ALL))
 def test_a_model_that_is_built_again_is_the_same(name: str) -> None:
     model = made(name)
     same(lazy(model).build(), model)

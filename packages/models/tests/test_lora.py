@@ -35,6 +35,10 @@ from dovetail_protocols.testing import FakeQuantized
 from dovetail_runtime import EXPERT, FSDP_TENSOR, batch_sharding, mesh, use
 
 TOKENS = np.random.default_rng(0).integers(0, 24, (2, 7)).astype(np.int32)
+OFTEN = {
+    "lora": ("deepseek_v3", "gemma2", "qwen3_next", "siglip", "smollm3"),
+    "dora": ("gpt2", "gpt_oss", "mamba2", "vit"),
+}
 DENSE = ["layers/**/mlp/{gate,up,down}", "layers/**/attention/{query,key,value,out}", "embedding", "head"]
 
 
@@ -71,16 +75,19 @@ def out(model: Any) -> jax.Array:
     return model.unembed(hidden)
 
 
-@pytest.mark.usefixtures("one_of_each_kind")
-@pytest.mark.parametrize("name", MODELS | ENCODERS)
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-def test_every_weight_of_every_family(name: str, dora: bool, soak: bool) -> None:
+@pytest.mark.parametrize(
+    ("kind", "name"),
+    [
+        pytest.param(kind, name, marks=() if name in often else pytest.mark.soak)
+        for kind, often in OFTEN.items()
+        for name in MODELS | ENCODERS
+    ],
+)
+def test_every_weight_of_every_family(kind: str, name: str) -> None:
     """All products and lookups take adapters, which change nothing at first, and then what their sums do."""
-    if dora and not soak and name not in ("deepseek_v2", "gpt2", "gpt_oss", "mamba2", "vit"):
-        pytest.skip("magnitudes of one family of each kind in the default run, all with the long counts")
-    kind, config = (MODELS | ENCODERS)[name]
-    base = kind(config, rngs=nnx.Rngs(0))
-    model = add_lora(base, weights(base), rank=2, alpha=3.0, rngs=nnx.Rngs(1), dora=dora)
+    build, config = (MODELS | ENCODERS)[name]
+    base = build(config, rngs=nnx.Rngs(0))
+    model = add_lora(base, weights(base), rank=2, alpha=3.0, rngs=nnx.Rngs(1), dora=kind == "dora")
     before = jax.jit(lambda params: out(merge(split(base)[0], params)))(split(base)[1])
     run = jax.jit(lambda params: out(merge(split(model)[0], params)))
     largest = float(jnp.abs(before).max())
@@ -143,8 +150,15 @@ def test_initial_values(build: Any) -> None:
     assert variables(other)["head"].get_value().a.dtype == jnp.bfloat16
 
 
-@pytest.mark.parametrize("name", ["gemma2", "mixtral", "qwen3"])
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+@pytest.mark.parametrize(
+    ("name", "dora"),
+    [
+        ("gemma2", False),
+        ("mixtral", True),
+        *(pytest.param(name, True, marks=pytest.mark.soak) for name in ("gemma2", "qwen3")),
+        *(pytest.param(name, False, marks=pytest.mark.soak) for name in ("mixtral", "qwen3")),
+    ],
+)
 def test_stacked_layers(name: str, dora: bool) -> None:
     """The adapters of layers in a loop are stacked like their weights; logits are those of layers one by one."""
     kind, config = MODELS[name]
@@ -160,7 +174,7 @@ def test_stacked_layers(name: str, dora: bool) -> None:
     np.testing.assert_array_equal(out(started), out(stacked))
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.soak), True])
 def test_quantized_bases(build: Any, small: Any, scan: bool) -> None:
     """With a quantized base the numbers are those with the same base in floats."""
     base = build(dataclasses.replace(small, layers=2), scan=scan)
@@ -240,14 +254,14 @@ def test_no_gradient_of_a_base_is_made(build: Any, objective: Any, small: Any) -
 
 
 @pytest.mark.parametrize(
-    ("name", "sizes", "rules"),
+    ("name", "sizes", "rules", "dora"),
     [
-        ("qwen3", {"data": 2, "fsdp": 2, "tensor": 2}, FSDP_TENSOR),
-        ("gpt2", {"data": 2, "fsdp": 2, "tensor": 2}, FSDP_TENSOR),
-        ("mixtral", {"fsdp": 2, "expert": 4}, EXPERT),
+        ("qwen3", {"data": 2, "fsdp": 2, "tensor": 2}, FSDP_TENSOR, False),
+        ("gpt2", {"data": 2, "fsdp": 2, "tensor": 2}, FSDP_TENSOR, True),
+        ("mixtral", {"fsdp": 2, "expert": 4}, EXPERT, True),
+        pytest.param("mixtral", {"fsdp": 2, "expert": 4}, EXPERT, False, marks=pytest.mark.soak),
     ],
 )
-@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
 def test_on_a_mesh(name: str, sizes: Any, rules: Any, dora: bool, objective: Any) -> None:
     """Bases are divided as without adapters, thin arrays along the same axes; loss and gradients are one device's."""
     kind, config = MODELS[name]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from model_toys import ENCODERS, MODELS
+from model_toys import ENCODERS, FEW, MODELS, by_default
 from surgery_toys import flat, made, replaced, same
 
 from dovetail_models import (
@@ -73,7 +73,7 @@ CASES: dict[str, tuple[Callable[..., np.ndarray], int, dict[str, Any]]] = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("family", ["gpt_oss", "siglip", "phi3"])
+@pytest.mark.parametrize("family", by_default(["gpt_oss", "siglip", "phi3"], ("gpt_oss",)))
 def test_parameters_are_the_closed_form(name: str, family: str) -> None:
     """In float64, expert by expert."""
     truth, count, options = CASES[name]
@@ -126,8 +126,7 @@ def test_random_numbers_do_not_depend_on_parts() -> None:
     assert abs(np.corrcoef(whole.ravel(), other.ravel())[0, 1]) < 0.06
 
 
-@pytest.mark.usefixtures("one_of_each_kind")
-@pytest.mark.parametrize("name", MODELS | ENCODERS)
+@pytest.mark.parametrize("name", by_default(MODELS | ENCODERS, FEW))
 def test_every_family(name: str) -> None:
     """A model merged with itself, or with nothing learned, is itself up to rounding."""
     model, other = made(name), made(name, 1)
@@ -178,7 +177,7 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return [save_pretrained(Llama(config, rngs=nnx.Rngs(i)), folder / str(i)) for i in range(3)]
 
 
-@pytest.mark.parametrize("method", ["linear", "ties", "dare", "slerp"])
+@pytest.mark.parametrize("method", by_default(["linear", "ties", "dare", "slerp"], ("ties", "slerp")))
 def test_memory(method: str, large: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A few times the largest tensor, not the models; what is computed at a time does not grow with it."""
     for module in (merging, merge_methods):

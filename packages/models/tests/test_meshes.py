@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from model_toys import ENCODERS, MODELS
+from model_toys import ENCODERS, MODELS, by_default
 
 from dovetail_models import Llama, LlamaConfig, abstract, merge, placements, split
 from dovetail_runtime import CONTEXT, EXPERT, FSDP, FSDP_TENSOR, SEQUENCE, TENSOR, batch_sharding, mesh, use
@@ -73,11 +73,9 @@ def check_decoder(objective: Any, family: Any, config: Any, grid: Any, rules: An
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5 * max(1, largest)), got[1], gradients)
 
 
-@pytest.mark.parametrize("name", MODELS)
-def test_families(name: str, objective: Any, soak: bool) -> None:
+@pytest.mark.parametrize("name", by_default(MODELS, ("gpt2", "gpt_oss", "mamba2")))
+def test_families(name: str, objective: Any) -> None:
     """Data, FSDP and tensor parallelism at once leave loss and gradients as they are."""
-    if not soak and name not in ("gemma3", "gpt2", "gpt_oss", "mamba2"):
-        pytest.skip("one family of each kind in the default run, all with the long counts")
     check_decoder(objective, *MODELS[name], mesh(data=2, fsdp=2, tensor=2), FSDP_TENSOR)
 
 
@@ -86,10 +84,10 @@ def test_families(name: str, objective: Any, soak: bool) -> None:
     [
         ("llama", {"data": 2, "tensor": 4}, SEQUENCE),
         ("llama", {"data": 2, "context": 4}, CONTEXT),
-        ("gpt_oss", {"fsdp": 2, "context": 4}, CONTEXT),
+        pytest.param("gpt_oss", {"fsdp": 2, "context": 4}, CONTEXT, marks=pytest.mark.soak),
         ("mamba2", {"data": 2, "context": 4}, CONTEXT),
         ("mixtral", {"fsdp": 2, "expert": 4}, EXPERT),
-        ("deepseek_v3", {"data": 2, "expert": 4}, EXPERT),
+        pytest.param("deepseek_v3", {"data": 2, "expert": 4}, EXPERT, marks=pytest.mark.soak),
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
@@ -99,11 +97,9 @@ def test_other_ways_to_split(name: str, sizes: Any, rules: Any, objective: Any) 
     check_decoder(objective, *MODELS.get(name, (Llama, config)), mesh(**sizes), rules)
 
 
-@pytest.mark.parametrize("name", ENCODERS)
-def test_encoders(name: str, soak: bool) -> None:
+@pytest.mark.parametrize("name", by_default(ENCODERS, ("bert", "siglip")))
+def test_encoders(name: str) -> None:
     """Data, FSDP and tensor parallelism at once leave what encoders give, and its gradients, as they are."""
-    if not soak and name not in ("bert", "siglip", "t5", "vit"):
-        pytest.skip("one encoder of each kind in the default run, all with the long counts")
     kind, config = ENCODERS[name]
     build = lambda: kind(config, rngs=nnx.Rngs(0))  # noqa: E731
     definition, params = split(build())

@@ -10,13 +10,16 @@ import dovetail_models
 
 PROGRAM = """
 import sys, time
-import jax, jaxtyping, numpy, flax.nnx, ml_dtypes, xxhash
-import dovetail_protocols, dovetail_kernels, dovetail_runtime, dovetail_weights
+import jax, jaxtyping, numpy, ml_dtypes, xxhash
 jax.numpy
+begin = time.process_time()
+import flax.nnx
+flax = time.process_time() - begin
+import dovetail_protocols, dovetail_kernels, dovetail_runtime, dovetail_weights
 before = dict(jax.config.values)
 begin = time.process_time()
 from dovetail_models import *
-print(time.process_time() - begin)
+print((time.process_time() - begin) / flax)
 import threading
 assert threading.active_count() == 1
 assert dict(jax.config.values) == before
@@ -25,10 +28,10 @@ assert not {"pytest", "transformers", "torch", "dovetail_train"} & set(sys.modul
 
 
 def test_importing_is_light_and_does_nothing() -> None:
-    """Every process pays for an import, and settings must not change behind a user's back."""
+    """Every process pays for an import, little beside flax.nnx; and settings must not change unseen."""
     command = [sys.executable, "-c", PROGRAM]
     runs = (subprocess.run(command, check=True, stdout=subprocess.PIPE, timeout=120).stdout for _ in "12")
-    assert min(float(out) for out in runs) < 0.3
+    assert min(float(out) for out in runs) < 0.4
 
 
 def test_the_package_alone_imports_nothing() -> None:

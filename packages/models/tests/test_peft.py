@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from model_toys import ENCODERS, MODELS
+from model_toys import ENCODERS, FEW, MODELS, by_default
 from test_lora import DENSE, filled, weights
 
 from dovetail_models import (
@@ -62,8 +62,7 @@ def test_adapters_of_peft(name: str, golden: Path, logits: Any, tmp_path: Path) 
         np.testing.assert_allclose(logits(changed, tokens), expected["logits"], atol=1e-4)
 
 
-@pytest.mark.usefixtures("one_of_each_kind")
-@pytest.mark.parametrize("name", MODELS | ENCODERS)
+@pytest.mark.parametrize("name", by_default(MODELS | ENCODERS, FEW))
 def test_there_and_back(name: str, tmp_path: Path) -> None:
     """Every weight of every family that a module or parameter of theirs holds, and what does not is named."""
     kind, config = (MODELS | ENCODERS)[name]

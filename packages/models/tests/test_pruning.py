@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from model_toys import MODELS
+from model_toys import FEW, MODELS, by_default
 from surgery_toys import TOKENS, flat, made, replaced, same
 
 from dovetail_kernels import route
@@ -36,8 +36,7 @@ def parts(model: Any, end: str) -> dict[str, np.ndarray]:
     return {a: np.array(x) for a, x in flat(model).items() if a.endswith(end) and ("layers/" in a or "ahead/" in a)}
 
 
-@pytest.mark.usefixtures("one_of_each_kind")
-@pytest.mark.parametrize("name", HEADS)
+@pytest.mark.parametrize("name", by_default(HEADS, FEW))
 def test_heads_that_went_gave_nothing(name: str, logits: Any) -> None:
     """The model is the one in which their output weights are zero; every layer loses others."""
     model, latent = made(name), name.startswith("deepseek")
@@ -55,8 +54,7 @@ def test_heads_that_went_gave_nothing(name: str, logits: Any) -> None:
     assert abs(expected - logits(model, TOKENS)).max() > 0.01
 
 
-@pytest.mark.usefixtures("one_of_each_kind")
-@pytest.mark.parametrize("name", HIDDEN)
+@pytest.mark.parametrize("name", by_default(HIDDEN, FEW))
 def test_hidden_features_that_went_gave_nothing(name: str, logits: Any) -> None:
     model = made(name)
     downs = {a: x for a, x in parts(model, "mlp/down").items() if "experts" not in a}
@@ -67,8 +65,7 @@ def test_hidden_features_that_went_gave_nothing(name: str, logits: Any) -> None:
     np.testing.assert_allclose(logits(pruned, TOKENS), logits(replaced(model, downs), TOKENS), atol=1e-5)
 
 
-@pytest.mark.usefixtures("one_of_each_kind")
-@pytest.mark.parametrize("name", EXPERTS)
+@pytest.mark.parametrize("name", by_default(EXPERTS, FEW))
 def test_experts_that_went_are_never_chosen(name: str, logits: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """The model is the one in which their logits are minus infinity, whatever the scoring."""
     kind, config = MODELS[name]

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from model_toys import MODELS
+from model_toys import MODELS, by_default
 
 from dovetail_kernels import DenseMixer
 from dovetail_models import (
@@ -53,7 +53,7 @@ def objective(model: Any, tokens: Any = TOKENS) -> Any:
     return loss, params
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.soak), True])
 @pytest.mark.parametrize("name", POLICIES)
 def test_numbers_stay(name: str, scan: bool) -> None:
     """A switch for memory trains another model."""
@@ -131,7 +131,7 @@ def test_names_of_other_layers(kind: str, kept: Any) -> None:
     assert len(products) > 2 * 4
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", by_default(KINDS, ("latent attention",)))
 def test_numbers_of_other_layers_stay(kind: str) -> None:
     """What is saved of a layer is another value than what it is computed again from."""
     build, config, _ = KINDS[kind]

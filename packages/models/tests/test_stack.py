@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from model_toys import MODELS as FAMILIES
+from model_toys import by_default
 
 from dovetail_kernels import DenseMixer
 from dovetail_models import (
@@ -81,11 +82,9 @@ def both(model: Any) -> Any:
     return run(params)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_scanned_is_unrolled(name: str, tmp_path: Path, soak: bool) -> None:
+@pytest.mark.parametrize("name", by_default(ALL, (*MODELS, "qwen3_next")))
+def test_scanned_is_unrolled(name: str, tmp_path: Path) -> None:
     """A switch that is meant to save compilation changes the numbers, or its checkpoints open nowhere else."""
-    if not soak and name not in (*MODELS, "deepseek_v2", "qwen3_next"):
-        pytest.skip("a few kinds in the default run, all families with the long counts")
     build, config, cycle = ALL[name]
     scanned = build(config, rngs=nnx.Rngs(0), scan=True)
     assert cycle is None or len(scanned.layers.cycle) == cycle.period

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from model_toys import ENCODERS, MODELS
+from model_toys import ENCODERS, MODELS, by_default
 
 from dovetail_models import (
     ConfigError,
@@ -45,8 +45,7 @@ def largest(a: jax.Array, b: jax.Array) -> float:
     return float(jnp.abs(a - b).max())
 
 
-@pytest.mark.usefixtures("one_of_each_kind")
-@pytest.mark.parametrize("name", DENSE)
+@pytest.mark.parametrize("name", by_default(DENSE))
 def test_it_begins_as_the_dense_model(name: str, logits: Any) -> None:
     """Two slices of each of two copies, of families with gates, biases, norms after blocks, tied embeddings."""
     model = dense(name)

@@ -8,15 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from model_toys import ENCODERS, MODELS
+from model_toys import ENCODERS, MODELS, by_default
 from surgery_toys import TOKENS, encoded, flat, made, replaced, same
 
 from dovetail_models import Gemma3Multimodal, from_pretrained, resize_vocabulary, save_pretrained, split
 from dovetail_weights import WeightsError
 
 
-@pytest.mark.usefixtures("one_of_each_kind")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", by_default(MODELS))
 def test_old_tokens_keep_their_logits(name: str, logits: Any) -> None:
     """Exactly; new ones have the mean logits of the old ones, since logits are linear in the weights of a token."""
     model = made(name)

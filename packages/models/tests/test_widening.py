@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from model_toys import MODELS
+from model_toys import FEW, MODELS, by_default
 from surgery_toys import TOKENS, drawn, flat, made, same
 
 from dovetail_models import from_pretrained, merge, save_pretrained, split, widen
@@ -21,8 +21,7 @@ def grown(name: str, **options: Any) -> Any:
     return drawn(kind(dataclasses.replace(config, **changes), rngs=nnx.Rngs(0), **options))
 
 
-@pytest.mark.usefixtures("one_of_each_kind")
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", by_default(MODELS, FEW))
 def test_logits_stay(name: str, logits: Any) -> None:
     """Of every family of decoders, with all widths and copies that differ."""
     model = grown(name)
