@@ -165,10 +165,12 @@ class Mapped(Dovetail):
 
 
 class Transformers(Import):
-    """``AutoModelForCausalLM.from_pretrained``."""
+    """``AutoModelForCausalLM.from_pretrained``, which leaves tensors in the files."""
 
-    @staticmethod
-    def ready() -> tuple[str, Callable[[Path], Iterable[Any]]]:
+    own: ClassVar = False
+
+    @classmethod
+    def ready(cls) -> tuple[str, Callable[[Path], Iterable[Any]]]:
         """Return a name and what imports."""
         import torch
         import transformers
@@ -177,9 +179,16 @@ class Transformers(Import):
 
         def load(folder: Path) -> Iterable[Any]:
             model = kind.from_pretrained(folder, dtype=torch.float32)
-            return [parameter.detach().numpy() for parameter in model.parameters()]
+            tensors = [parameter.detach() for parameter in model.parameters()]
+            return [(tensor.clone() if cls.own else tensor).numpy() for tensor in tensors]
 
         return f"transformers {transformers.__version__}, torch {torch.__version__}", load
+
+
+class Cloned(Transformers):
+    """The same, with tensors of its own."""
+
+    own = True
 
 
 def child(system: str, folder: str) -> None:
@@ -208,9 +217,9 @@ def child(system: str, folder: str) -> None:
 
 
 def import_cases(rng: random.Random | None) -> list[Case]:
-    """Weights of 1 GB as they are stored, copied and mapped, and out of bfloat16; with a generator three near each."""
+    """Weights of 1 GB: as stored, mapped, copied by both, out of bfloat16; with a generator three near each."""
     steps = {"d": 256, "ff": 64, "layers": 1, "vocab": 64}
-    kinds = [IMPORT, {**IMPORT, "mapped": True}, {**IMPORT, "stored": "BF16"}]
+    kinds = [IMPORT, {**IMPORT, "mapped": True}, {**IMPORT, "own": True}, {**IMPORT, "stored": "BF16"}]
     return [
         import_case(c) for kind in kinds for c in [kind, *(nearby(rng, kind, steps) for _ in range(3 if rng else 0))]
     ]
@@ -220,7 +229,11 @@ def import_case(c: dict[str, Any]) -> Case:
     """One import."""
     size = 4e-9 * llama.parameters(c)
     stored = "" if c.get("stored", "F32") == "F32" else " from bfloat16"
-    how, pair = (" mapped", (Contestant("Mapped", "ours"), PEER)) if c.get("mapped") else ("", None)
+    how, pair = "", None
+    if c.get("mapped"):
+        how, pair = " mapped", (Contestant("Mapped", "ours"), PEER)
+    if c.get("own"):
+        how, pair = " copied by both", (BENCHMARK.ours, Contestant("Cloned", "torch"))
     name = f"import {size:.2f} GB float32{stored}{how}, Llama d{c['d']} L{c['layers']}"
     return Case(name, c, tolerance=1e-4, pair=pair)
 
