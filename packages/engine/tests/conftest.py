@@ -1,6 +1,5 @@
-"""Shapes and types of every annotated call are checked at run time; programs that run little are compiled quickly."""
+"""Shapes and types of every annotated call are checked at run time."""
 
-import os
 import sys
 from pathlib import Path
 
@@ -8,7 +7,6 @@ import jaxtyping
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 with jaxtyping.install_import_hook(("dovetail_engine", "dovetail_kernels"), "beartype.beartype"):
     import dovetail_engine

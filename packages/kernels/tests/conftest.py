@@ -1,12 +1,9 @@
-"""Shapes and types of every annotated call are checked at run time; programs that run once are compiled quickly."""
+"""Shapes and types of every annotated call are checked at run time."""
 
-import os
 from collections.abc import Iterator
 
 import jaxtyping
 import pytest
-
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 with jaxtyping.install_import_hook("dovetail_kernels", "beartype.beartype"):
     import dovetail_kernels  # noqa: F401

@@ -1,6 +1,5 @@
-"""Shapes and types of every annotated call are checked at run time; programs that run little are compiled quickly."""
+"""Shapes and types of every annotated call are checked at run time."""
 
-import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -8,8 +7,6 @@ from typing import Any
 
 import jaxtyping
 import pytest
-
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 with jaxtyping.install_import_hook(("dovetail_models", "dovetail_kernels"), "beartype.beartype"):
     import dovetail_models

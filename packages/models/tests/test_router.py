@@ -102,17 +102,12 @@ def test_capacity_drops_the_last_choices() -> None:
     np.testing.assert_allclose(y, expected, atol=1e-5)
 
 
-def test_room_for_all_is_no_capacity() -> None:
-    """With room for everything it is the same layer."""
-    np.testing.assert_allclose(
-        run(trained(capacity=4.0), mixer())[0][REAL], run(trained(), mixer())[0][REAL], atol=1e-5
-    )
-
-
-def test_who_serves_drops_no_padding_and_counts_nothing() -> None:
-    """A mixer without sums has real tokens only, and terms of weight 0."""
+def test_who_serves_drops_and_counts_nothing() -> None:
+    """A reply depends on what else is in the batch."""
 
     class Serving:
+        """A mixer without sums of sequences."""
+
         def totals(self, values: Any) -> Any:
             return values[:0]
 
@@ -120,10 +115,33 @@ def test_who_serves_drops_no_padding_and_counts_nothing() -> None:
             del layer
             return experts, self
 
-    assert np.asarray(real_tokens(Serving(), 3)).all()
+    model = trained(capacity=0.25, z_coef=1.0, statistics=True)
+    y, aux, _ = model(0, jnp.asarray(X), Serving())
+    np.testing.assert_allclose(y[REAL], run(trained(), mixer())[0][REAL], atol=1e-5)
+    assert all(float(weight) == 0 for name, (_, weight) in aux.items() if not name.endswith("batch"))
+    assert "router/dropped_per_micro_batch" not in aux
     np.testing.assert_array_equal(real_tokens(mixer(), 16), REAL)
-    _, aux, _ = trained(z_coef=1.0, switch_coef=1.0, statistics=True)(0, jnp.asarray(X), Serving())
-    assert all(float(weight) in (0, 1) and np.isfinite(total) for total, weight in aux.values())
+
+
+def test_coefficients_are_of_the_mean_over_layers(build: Any) -> None:
+    """A paper's coefficient for the sum over layers has another meaning."""
+    kind, config = MODELS["mixtral"]
+    found: list[float] = []
+    for layers in (1, 3):
+        training = SparseTraining(switch_coef=1.0)
+        model = kind(dataclasses.replace(config, layers=layers, init_std=1e-6, training=training), rngs=nnx.Rngs(0))
+        tokens = jnp.arange(8, dtype=jnp.int32)
+        _, aux, _ = model.hidden(tokens, tokens, DenseMixer.of(tokens[None]))
+        total, weight = aux["loss/switch_per_micro_batch"]
+        found.append(float(total / weight))
+    np.testing.assert_allclose(found, 1.0, rtol=1e-3)
+
+
+def test_room_for_all_is_no_capacity() -> None:
+    """With room for everything it is the same layer."""
+    np.testing.assert_allclose(
+        run(trained(capacity=4.0), mixer())[0][REAL], run(trained(), mixer())[0][REAL], atol=1e-5
+    )
 
 
 def test_the_correction_follows_the_surplus() -> None:
@@ -218,6 +236,7 @@ def test_experts_on_devices(sizes: Any, training: SparseTraining, objective: Any
         ({"switch_coef": float("nan")}, "switch_coef=nan"),
         ({"capacity": 0.0}, "capacity=0.0; expected a number above 0, or None"),
         ({"exchange": "post"}, "exchange='post'; expected 'all_to_all' or 'ring'"),
+        ({"exchange": "ring", "capacity": 1.0}, "exchange='ring' with capacity=1.0; expected one of them"),
     ],
 )
 def test_bad_options(given: Any, message: str) -> None:

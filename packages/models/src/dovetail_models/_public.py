@@ -25,7 +25,8 @@ from dovetail_models.hub import HubError
 from dovetail_models.huggingface import config_from_hf, config_to_hf, from_pretrained, save_pretrained, weight_map
 from dovetail_models.layers import MLP, GatedMLP, GroupedAttention, LayerNorm, RMSNorm, Rotary
 from dovetail_models.layout import stacked, unstacked
-from dovetail_models.lazy_model import LazyModel, elementwise, lazy, surgery
+from dovetail_models.lazy_model import LazyModel, lazy, surgery
+from dovetail_models.lazy_parts import elementwise
 from dovetail_models.llama import Llama, LlamaConfig
 from dovetail_models.lora import LORA, add_lora, remove_lora
 from dovetail_models.lora_merge import merge_lora

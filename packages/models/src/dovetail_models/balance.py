@@ -13,7 +13,7 @@ from dovetail_kernels import Routing
 from dovetail_models.router import Router
 from dovetail_protocols import Auxiliary
 
-__all__ = ["real_tokens", "router_terms"]
+__all__ = ["has_sums", "real_tokens", "router_terms"]
 
 
 class Counts(NamedTuple):
@@ -96,10 +96,12 @@ def _pull(correction: jax.Array, chosen: jax.Array) -> jax.Array:
     return product - jax.lax.stop_gradient(product)
 
 
-def real_tokens(mixer: Any, count: int) -> jax.Array:
-    """Return which of so many tokens are no padding, bool ``[tokens]``; all, of a mixer that has no sums of sequences.
+def has_sums(mixer: Any, count: int) -> bool:
+    """Tell whether a mixer sums over the sequences of so many tokens; one that serves does not."""
+    return jax.eval_shape(mixer.totals, jax.ShapeDtypeStruct((count, 1), jnp.float32)).shape[0] > 0
 
-    A token is real where the sums depend on it.
-    """
+
+def real_tokens(mixer: Any, count: int) -> jax.Array:
+    """Return which of so many tokens are no padding, bool ``[tokens]``: those that sums of sequences depend on."""
     sums, pull = jax.vjp(mixer.totals, jnp.ones((count, 1), jnp.float32))
-    return pull(jnp.ones_like(sums))[0][:, 0] > 0 if sums.shape[0] else jnp.ones(count, bool)
+    return pull(jnp.ones_like(sums))[0][:, 0] > 0

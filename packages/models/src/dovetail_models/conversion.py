@@ -6,13 +6,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-import numpy as np
-
 from dovetail_models.family import Family
 from dovetail_models.hf_directory import open_pretrained
 from dovetail_models.hf_files import FURTHER_FILES, files_like
-from dovetail_weights import Lazy, WeightsError, write_directory
+from dovetail_models.lazy_parts import cast
+from dovetail_weights import write_directory
 
 __all__ = ["convert"]
 
@@ -56,7 +54,7 @@ def convert(
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r}; expected one of {', '.join(DTYPES)}")
     opened = open_pretrained(source, family, revision)
-    tensors = {name: _cast(theirs, opened.tensors[theirs], dtype) for name, theirs in opened.check().items()}
+    tensors = {name: cast(theirs, opened.tensors[theirs], dtype) for name, theirs in opened.check().items()}
     stored = sorted({str(tensor.dtype) for tensor in tensors.values()})
     values = _with_dtype(opened.values, stored[0]) if len(stored) == 1 else dict(opened.values)
     if "architectures" in values:
@@ -72,19 +70,3 @@ def _with_dtype(values: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     """Return a ``config.json`` whose note of the dtype is true; transformers 4 and 5 have names of their own for it."""
     noted = [name for name in ("torch_dtype", "dtype") if name in values] or ["torch_dtype"]
     return {**values, **dict.fromkeys(noted, dtype)}
-
-
-def _cast(name: str, tensor: Lazy, dtype: str | None) -> Lazy:
-    if dtype is None or not jnp.issubdtype(tensor.dtype, jnp.floating):
-        return tensor
-    target = jnp.dtype(dtype)
-
-    def read(index: Any) -> Any:
-        value = tensor.read(index)
-        with np.errstate(over="ignore"):
-            made = value.astype(target)
-        if not np.array_equal(np.isfinite(made), np.isfinite(value)):
-            raise WeightsError(f"tensor {name!r} has values that {dtype} cannot hold; keep {tensor.dtype} or bfloat16")
-        return made
-
-    return Lazy(tensor.shape, target, read)

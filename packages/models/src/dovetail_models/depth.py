@@ -1,5 +1,6 @@
 """Depth: layers in another order, more than once, or not at all."""
 
+import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
@@ -51,7 +52,7 @@ def repeat_layers(model: LazyModel, order: Sequence[int], *, zero: bool = False,
         parts = _within(model, f"{layers.address}/{index}/")
         parts = parts | _zero(layers.layers[index], parts) if place in copies else parts
         tensors |= {f"{layers.address}/{place}/{rest}": tensor for rest, tensor in parts.items()}
-    made = LazyModel(model.family, config, tensors, model.token_ids, model.files)
+    made = dataclasses.replace(model, config=config, tensors=tensors)
     _check_kinds(layers, chosen, layer_list(made, layers.address))
     return made
 

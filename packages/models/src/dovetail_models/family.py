@@ -120,7 +120,10 @@ def family_of(x: Any) -> Family:
         family = architecture_family(architecture)
         if kind in (family.model, family.config_map.config):
             return family
-    raise TypeError(f"{kind.__qualname__} of {kind.__module__} is of no family of {__package__}; pass family=")
+    raise TypeError(
+        f"{kind.__qualname__} of {kind.__module__} is of no family of {__package__}; pass family=, to lazy before a "
+        "surgery"
+    )
 
 
 def architecture_family(architecture: str) -> Family:

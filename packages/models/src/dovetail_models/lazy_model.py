@@ -10,7 +10,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec
 
@@ -23,13 +23,14 @@ from jax.sharding import Mesh
 from dovetail_models.family import Family, family_of
 from dovetail_models.hf_directory import open_pretrained
 from dovetail_models.hf_files import FURTHER_FILES, files_like
+from dovetail_models.lazy_parts import cast, checked
 from dovetail_models.stack import Stack, layer_map
 from dovetail_models.state import check_no_adapters, merge, nested, placements, split
 from dovetail_protocols import QuantizedArray, paths
 from dovetail_runtime import Rules
 from dovetail_weights import Lazy, Rule, WeightMap, check, load, save
 
-__all__ = ["LazyModel", "elementwise", "lazy", "surgery"]
+__all__ = ["LazyModel", "lazy", "surgery"]
 
 P = ParamSpec("P")
 
@@ -78,7 +79,7 @@ class LazyModel:
         rules: Rules | None = None,
         **options: Any,
     ) -> Any:
-        """Return the model; for the arguments see `from_pretrained`.
+        """Return the model; for the arguments see `from_pretrained`, but for `param_dtype`: None for the tensors' own.
 
         Raises:
             dovetail_weights.WeightsError: the parameters are not those of the configuration.
@@ -86,10 +87,22 @@ class LazyModel:
         """
         if (mesh is None) != (rules is None):
             raise ValueError(f"mesh={mesh}, rules={rules}; expected both or neither")
-        definition, like = split(module := self.module(param_dtype=param_dtype, dtype=dtype, **options))
+        kind = self.dtype if param_dtype is None else param_dtype
+        definition, like = split(module := self.module(param_dtype=kind, dtype=dtype, **options))
         places = None if mesh is None or rules is None else placements(module, mesh, rules)
         table = layer_map(SAME, self.family.stacks(self.config))
+        if param_dtype is None:
+            like = self._own_dtypes(like, table)
         return merge(definition, load(self.tensors, table, like, shardings=places))
+
+    def _own_dtypes(self, like: Any, table: WeightMap) -> Any:
+        """Return the same tree with the dtypes of the tensors; layers that are stacked have that of the first one."""
+        found: dict[str, Any] = {}
+        for group in table.groups(leaves := paths.flatten(like)):
+            known = [self.tensors[name].dtype for name in group.names if name in self.tensors]
+            for address in group.addresses if known else ():
+                found[address] = jax.ShapeDtypeStruct(leaves[address].shape, known[0])
+        return paths.update(like, found)
 
     def save(
         self,
@@ -110,7 +123,7 @@ class LazyModel:
         Raises:
             FileExistsError: `path` exists and `overwrite` is not set.
             ConfigError: ``config.json`` cannot say what the model is.
-            dovetail_weights.WeightsError: the parameters are not those of the configuration.
+            dovetail_weights.WeightsError: the parameters are not those of the configuration, or too large for `dtype`.
         """
         check(self.tensors, SAME, split(self.module(param_dtype=self.dtype))[1])
         kind = str(np.dtype(self.dtype if dtype is None else dtype))
@@ -119,7 +132,8 @@ class LazyModel:
         files["config.json"] = _json(values)
         options: dict[str, Any] = {"max_shard_bytes": max_shard_bytes, "overwrite": overwrite}
         table = self.family.weight_map(self.config)
-        return save(Path(path), table, nested(self.tensors), dtype=dtype, extra_files=files, **options)
+        tensors = {address: cast(address, tensor, dtype) for address, tensor in self.tensors.items()}
+        return save(Path(path), table, nested(tensors), extra_files=files, **options)
 
 
 def lazy(model: Any, *, family: Family | str | None = None, revision: str | None = None) -> LazyModel:
@@ -127,7 +141,7 @@ def lazy(model: Any, *, family: Family | str | None = None, revision: str | None
 
     Args:
         model: of this package, with plain parameters; or a directory, or a name of the hub, see `from_pretrained`.
-        family: how to read a directory, or the model's own where it is none of this package's.
+        family: how to read a directory; or the `Family` of a model that is none of this package's.
         revision: of the hub.
 
     Raises:
@@ -135,7 +149,7 @@ def lazy(model: Any, *, family: Family | str | None = None, revision: str | None
         dovetail_weights.WeightsError: tensors are missing, unexpected, of another shape, or damaged.
         FileNotFoundError: there is no such directory or file.
         TypeError: it is no model.
-        ValueError: its parameters are quantized or adapted.
+        ValueError: its parameters are quantized or adapted, or arguments are given that are for directories.
 
     >>> from flax import nnx
     >>> from dovetail_models import Llama, LlamaConfig
@@ -143,11 +157,11 @@ def lazy(model: Any, *, family: Family | str | None = None, revision: str | None
     >>> lazy(Llama(config, rngs=nnx.Rngs(0))).tensors["layers/0/mlp/up"].shape
     (8, 16)
     """
-    if isinstance(model, LazyModel):
-        return model
     if isinstance(model, str | os.PathLike):
         return _of_directory(model, family, revision)
-    return _of_module(model, family if isinstance(family, Family) else family_of(model))
+    if revision is not None or isinstance(family, str) or (family and isinstance(model, LazyModel)):
+        raise ValueError(f"family={family!r}, revision={revision!r} for a {type(model).__name__}; expected a directory")
+    return model if isinstance(model, LazyModel) else _of_module(model, family or family_of(model))
 
 
 def _of_directory(path: str | os.PathLike[str], family: Family | str | None, revision: str | None) -> LazyModel:
@@ -179,40 +193,36 @@ def _of_array(leaf: Any) -> Lazy:
     return Lazy(tuple(leaf.shape), np.dtype(leaf.dtype), lambda index: np.asarray(leaf[index]))
 
 
-def elementwise(function: Callable[..., Any], *tensors: Lazy) -> Lazy:
-    """Return what a function makes of the elements at the same place, computed in float32, in the first one's dtype."""
-    first = tensors[0]
-
-    def read(index: Any) -> Any:
-        made = function(*(tensor.read(index).astype(np.float32) for tensor in tensors))
-        return np.asarray(made).astype(first.dtype)
-
-    return Lazy(first.shape, first.dtype, read)
-
-
 def surgery(operate: Callable[Concatenate[LazyModel, P], LazyModel]) -> Callable[Concatenate[Any, P], Any]:
-    """Make a function of a `LazyModel` one of models, too: of one in memory it makes another, with the same options."""
+    """Make a function of a `LazyModel` one of models, too: of one in memory it makes another, with the same options.
+
+    What it makes is seen to be finite where it is read: a `dovetail_weights.WeightsError` names the parameter that is
+    not.
+    """
 
     @functools.wraps(operate)
     def call(model: Any, *args: P.args, **kwargs: P.kwargs) -> Any:
         given = lazy(model)
-        options = _options(model, given) if isinstance(model, nnx.Module) else None
+        options = _options(model) if isinstance(model, nnx.Module) else None
         made = operate(given, *args, **kwargs)
+        made = replace(made, tensors={address: checked(address, tensor) for address, tensor in made.tensors.items()})
         return made if options is None else made.build(**options)
 
     return call
 
 
-def _options(model: Any, as_lazy: LazyModel) -> dict[str, Any]:
+def _options(model: Any) -> dict[str, Any]:
     """Return the arguments that a model was made with."""
     devices = {device for leaf in jax.tree.leaves(split(model)[1]) for device in leaf.devices()}
     if len(devices) > 1:
         raise ValueError(
             f"the parameters are on {len(devices)} devices; operate on lazy(model), and build(mesh=..., rules=...) that"
         )
-    options: dict[str, Any] = {"param_dtype": as_lazy.dtype, "dtype": model.dtype}
-    given = {"output_dtype": getattr(model, "output_dtype", None), "remat": getattr(model, "remat", None)}
-    options |= {name: value for name, value in given.items() if value is not None}
+    inner = getattr(model, "text", model)  # a model with a decoder inside hands these on
+    options: dict[str, Any] = {"param_dtype": None, "dtype": model.dtype}
+    for name in ("output_dtype", "remat"):
+        found = getattr(model, name, getattr(inner, name, None))
+        options |= {} if found is None else {name: found}
     scanned = any(isinstance(node, Stack) for _, node in nnx.iter_graph(model))
     return options | ({"scan": True} if scanned else {})
 

@@ -1,15 +1,28 @@
-"""What surgery makes new parameters of: parts of others, constants, and numbers that a seed determines."""
+"""What surgery makes new parameters of: parts of others, constants, sums, and numbers that a seed determines."""
 
 import hashlib
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
 from dovetail_weights import Lazy, WeightsError
 
-__all__ = ["Array", "calculated", "computing_dtype", "constant", "finite", "generator", "taken", "uniform"]
+__all__ = [
+    "Array",
+    "calculated",
+    "cast",
+    "checked",
+    "computing_dtype",
+    "constant",
+    "elementwise",
+    "finite",
+    "generator",
+    "taken",
+    "uniform",
+]
 
 Array = np.ndarray[Any, np.dtype[Any]]
 
@@ -47,6 +60,58 @@ def calculated(tensor: Lazy, function: Callable[[Array, Any], Array]) -> Lazy:
     return Lazy(tensor.shape, tensor.dtype, read)
 
 
+def elementwise(function: Callable[..., Any], *tensors: Lazy) -> Lazy:
+    """Return what a function makes of the elements at the same place of tensors of one shape, in the first one's dtype.
+
+    It is given float32, or float64 where one of them is float64.
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    first = tensors[0]
+    if any(tensor.shape != first.shape for tensor in tensors):
+        raise ValueError(f"tensors have the shapes {[tensor.shape for tensor in tensors]}; expected one shape for all")
+    dtype = np.result_type(*map(computing_dtype, tensors))
+
+    def read(index: Any) -> Array:
+        return np.asarray(function(*(tensor.read(index).astype(dtype) for tensor in tensors))).astype(first.dtype)
+
+    return Lazy(first.shape, first.dtype, read)
+
+
+def checked(address: str, tensor: Lazy) -> Lazy:
+    """Return a tensor whose values are seen to be finite when they are read, if they are floats; see `finite`."""
+    if not jnp.issubdtype(tensor.dtype, jnp.floating):
+        return tensor
+
+    def read(index: Any) -> Array:
+        with np.errstate(over="ignore", invalid="ignore"):  # what comes of it is seen below
+            return finite(f"{address}, of {tensor.dtype},", np.asarray(tensor.read(index)))
+
+    return Lazy(tensor.shape, tensor.dtype, read)
+
+
+def cast(name: str, tensor: Lazy, dtype: Any) -> Lazy:
+    """Return a tensor in another dtype where it holds floats and one is given.
+
+    Raises:
+        WeightsError: when it is read: the dtype cannot hold its values.
+    """
+    if dtype is None or not jnp.issubdtype(tensor.dtype, jnp.floating):
+        return tensor
+    target = jnp.dtype(dtype)
+
+    def read(index: Any) -> Array:
+        value = tensor.read(index)
+        with np.errstate(over="ignore"):
+            made = value.astype(target)
+        if not np.array_equal(np.isfinite(made), np.isfinite(value)):
+            raise WeightsError(f"tensor {name!r} has values that {target} cannot hold; keep {tensor.dtype} or bfloat16")
+        return made
+
+    return Lazy(tensor.shape, target, read)
+
+
 def computing_dtype(tensor: Any) -> np.dtype[Any]:
     """Return the dtype in which new values are computed: float32, or float64 for float64."""
     return np.dtype(np.float64 if tensor.dtype == np.float64 else np.float32)
@@ -59,7 +124,9 @@ def finite(what: str, value: Array) -> Array:
         WeightsError: it has numbers that are none.
     """
     if value.size and not np.isfinite(value).all():
-        raise WeightsError(f"{what} has values that are not finite; expected numbers. Is the checkpoint damaged?")
+        raise WeightsError(
+            f"{what} has values that are not finite; expected numbers. Is the checkpoint damaged, or its dtype narrow?"
+        )
     return value
 
 

@@ -3,15 +3,18 @@
 import dataclasses
 import functools
 import math
+import os
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from dovetail_models.layer_lists import parameter_axes
 from dovetail_models.lazy_model import LazyModel, lazy, surgery
 from dovetail_models.lazy_parts import Array, computing_dtype, finite
 from dovetail_models.merge_methods import ELEMENTS, METHODS, Method, Part
+from dovetail_models.same_tokens import tokens_that_differ
 from dovetail_weights import Lazy, Reshape, Stack, Unstack
 
 __all__ = ["merge_models"]
@@ -20,6 +23,8 @@ IRRELEVANT = ("init_std", "max_position")
 """Fields of configurations in which models may differ: they change no number."""
 
 DENSITY = 0.2
+SHOWN = 12
+"""Differences that a message names."""
 
 
 def merge_models(
@@ -60,7 +65,8 @@ def merge_models(
     Raises:
         TypeError: a model is none.
         ValueError: an unknown method; too few models, or weights; an argument that the method does not use, or out of
-            its range; models of different kinds or configurations, all of whose differences are named.
+            its range; models of different kinds or configurations, or directories whose tokenizers number tokens
+            otherwise; what differs is named.
         dovetail_weights.WeightsError: when values are read: some are not finite, or do not fit the dtype.
 
     >>> from flax import nnx
@@ -68,8 +74,8 @@ def merge_models(
     >>> config = LlamaConfig(vocab_size=16, features=8, hidden=16, layers=1, heads=2)
     >>> soup = merge_models([Llama(config, rngs=nnx.Rngs(seed)) for seed in (0, 1)], weights=[3.0, 1.0])
     """
-    if isinstance(models, str) or not models:
-        raise ValueError(f"models={models!r}; expected a list of models or directories")
+    if isinstance(models, str | os.PathLike | nnx.Module | LazyModel) or not models:
+        raise ValueError(f"models={models!r:.200}; expected a list of models or directories")
     made = _method(len(models), method, weights, has_base=base is not None, density=density, scale=scale, seed=seed)
     return _merged(models[0], [*models[1:], *([] if base is None else [base])], made)
 
@@ -120,7 +126,7 @@ def _check_arguments(name: str, count: int, weights: Sequence[float], *, has_bas
 @surgery
 def _merged(model: LazyModel, others: Sequence[Any], method: Method) -> LazyModel:
     models = [model, *(lazy(other) for other in others)]
-    _check_alike(models)
+    _check_alike(models, has_base=method.has_base)
     axes = parameter_axes(model)
     tensors: dict[str, Lazy] = {}
     for address, tensor in model.tensors.items():
@@ -137,7 +143,7 @@ def _merged(model: LazyModel, others: Sequence[Any], method: Method) -> LazyMode
     return dataclasses.replace(model, tensors=tensors)
 
 
-def _check_alike(models: Sequence[LazyModel]) -> None:
+def _check_alike(models: Sequence[LazyModel], *, has_base: bool) -> None:
     first, differ = models[0], list[str]()
     for place, other in enumerate(models[1:], 1):
         if type(other.config) is not type(first.config):
@@ -151,8 +157,11 @@ def _check_alike(models: Sequence[LazyModel]) -> None:
             a, b = (x.tensors[address].shape if address in x.tensors else None for x in (first, other))
             if a != b:
                 differ.append(f"{address}: {a} (0), {b} ({place})")
+        differ += tokens_that_differ(place, first.files, other.files)
     if differ:
-        raise ValueError(f"the models (of which the base is the last one) differ: {'; '.join(differ)}")
+        base = " (of which the base is the last one)" if has_base else ""
+        more = f" and {len(differ) - SHOWN} more" if len(differ) > SHOWN else ""
+        raise ValueError(f"the models{base} differ: {'; '.join(differ[:SHOWN])}{more}")
 
 
 def _parameter(address: str, tensors: Sequence[Lazy], method: Method) -> Lazy:
@@ -172,8 +181,7 @@ def _parameter(address: str, tensors: Sequence[Lazy], method: Method) -> Lazy:
             begin = index[0].start + start
             piece = (slice(begin, min(begin + rows, index[0].stop)), *index[1:])
             parts = [read_one(place, piece) for place in range(len(tensors))]
-            with np.errstate(over="ignore"):
-                out[start : start + rows] = method.combine(parts, Part(address, first.shape, piece, whole()))
-        return finite(f"{address}, merged and of dtype {first.dtype},", out)
+            out[start : start + rows] = method.combine(parts, Part(address, first.shape, piece, whole()))
+        return out
 
     return Lazy(first.shape, first.dtype, read)

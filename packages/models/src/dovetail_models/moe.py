@@ -15,7 +15,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from dovetail_kernels import Activation, Routing, combine, einsum, gated_product, permute, ragged_dot, sort_by_expert
-from dovetail_models.balance import real_tokens, router_terms
+from dovetail_models.balance import has_sums, real_tokens, router_terms
 from dovetail_models.decoder import DecoderConfig
 from dovetail_models.layers import ACTIVATION_FUNCTIONS, Initializer, PlainActivation, parameter
 from dovetail_models.router import Router, Selection, SparseTraining
@@ -34,8 +34,8 @@ class Sparsity:
         experts: how many a sparse layer has.
         top_k: how many a token chooses.
         balanced: the model returns a balancing loss per sequence, see `dovetail_models.balance.router_terms`.
-        balance_coef: its coefficient, for the sum over a token's choices as in transformers: alike used experts have a
-            loss of `top_k` times that.
+        balance_coef: its coefficient, for the sum over a token's choices and the mean over layers as in transformers:
+            alike used experts have a loss of `top_k` times that.
         training: what training adds, which checkpoints do not tell.
     """
 
@@ -184,15 +184,16 @@ class SparseMLP(nnx.Module):
     ) -> tuple[jax.Array, Auxiliary, Any]:
         """Return what becomes of each token, what `router_terms` tells, and the mixer.
 
-        With a capacity, ``router/dropped_per_micro_batch`` is the share of choices without a row.
+        With a capacity, where the mixer has sums of sequences as in training, ``router/dropped_per_micro_batch`` is the
+        share of choices without a row.
         """
         logits, routing, mixer = self.router(layer, x, mixer)
         aux = dict(router_terms(self.router, logits, routing, mixer))
         training = self.router.select.training
-        if training.capacity is not None:
+        if training.capacity is not None and has_sums(mixer, x.shape[0]):
             y, aux["router/dropped_per_micro_batch"] = self._limited(x, routing, mixer)
         elif split_of("experts") is not None:
-            y = spread(self.experts, x, routing, exchange=training.exchange)
+            y = spread(self.experts, x, routing, exchange=training.exchange or "all_to_all")
         else:
             dispatch = sort_by_expert(routing.experts, self.router.select.experts)
             rows = self.experts(permute(x, dispatch), dispatch.group_sizes)

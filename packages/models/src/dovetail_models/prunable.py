@@ -1,5 +1,6 @@
 """Units that a layer can lose: heads, experts and hidden features; where they are, and which of them act most."""
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal, NamedTuple, TypeAlias
 
@@ -11,11 +12,15 @@ from dovetail_models.layers import MLP, GatedMLP, GroupedAttention
 from dovetail_models.lazy_model import lazy
 from dovetail_models.lazy_parts import Array, computing_dtype, finite
 from dovetail_models.moe import SparseMLP
+from dovetail_weights import Lazy
 
 __all__ = ["Keep", "Place", "Units", "kept_by_layer", "output_norms", "places_of", "strongest"]
 
 Keep: TypeAlias = Sequence[int] | Mapping[int, Sequence[int]]
 """Indices of what stays: the same in every layer, or by layer. Heads that look ahead follow the last layer."""
+
+ELEMENTS = 1 << 22
+"""How many numbers are read at a time, if a unit has no more."""
 
 Units: TypeAlias = Literal["heads", "experts", "hidden"]
 
@@ -51,10 +56,21 @@ def output_norms(model: Any, units: Units, *, at: str | None = None) -> dict[int
     given = lazy(model)
     found: dict[int, Array] = {}
     for index, place in places_of(layer_list(given, at), units).items():
-        tensor = given.tensors[place.out]
-        weights = finite(place.out, tensor.read()).astype(computing_dtype(tensor))
-        found[index] = np.linalg.norm(weights.reshape(place.units, -1), axis=1)
+        found[index] = _norms(place, given.tensors[place.out])
     return found
+
+
+def _norms(place: Place, tensor: Lazy) -> Array:
+    """Return the norm of each unit's rows, of which some are read at a time."""
+    each = tensor.shape[0] // place.units
+    step = max(1, ELEMENTS // (each * math.prod(tensor.shape[1:])))
+    norms = np.empty(place.units, dtype := computing_dtype(tensor))
+    for first in range(0, place.units, step):
+        last = min(first + step, place.units)
+        rows = (slice(first * each, last * each), *(slice(0, n) for n in tensor.shape[1:]))
+        weights = finite(place.out, tensor.read(rows)).astype(dtype)
+        norms[first:last] = np.linalg.norm(weights.reshape(last - first, -1), axis=1)
+    return norms
 
 
 def strongest(scores: Mapping[int, Any], count: int, *, groups: int = 1) -> dict[int, list[int]]:

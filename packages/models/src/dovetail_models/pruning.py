@@ -4,6 +4,7 @@ What stays computes what it did: the result is the model whose removed heads, ex
 layer keeps equally many, since a configuration has one number for all; which ones, may differ.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -136,4 +137,4 @@ def _pruned(
                     share = place.axes[name]
                     indices = [i * share + j for i in kept[index] for j in range(share)]
                     tensors[address] = taken(tensors[address], axis, indices)
-    return checked_shapes(LazyModel(model.family, config, tensors, model.token_ids, model.files))
+    return checked_shapes(dataclasses.replace(model, config=config, tensors=tensors))

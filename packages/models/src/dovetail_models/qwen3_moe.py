@@ -41,6 +41,8 @@ class QwenSparseConfig(SparseConfig):
         for name in ("expert_hidden", "sparse_step"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
+        if min(self.dense_layers, default=0) < 0:
+            raise ValueError(f"dense_layers={self.dense_layers}; expected indices from 0")
 
     @property
     def select(self) -> Selection:

@@ -20,7 +20,9 @@ __all__ = ["Router", "Selection", "SparseTraining"]
 class SparseTraining:
     """How experts are trained, besides the balancing loss per sequence; checkpoints do not tell.
 
-    What is per micro-batch depends on what else is in one: the sums of micro-batches are not those of a batch.
+    What is per micro-batch depends on what else is in one: the sums of micro-batches are not those of a batch. Losses
+    are means over the layers with experts, as transformers' are; where a paper adds up those of the layers, its
+    coefficient is to be multiplied with their number.
 
     Attributes:
         z_coef: coefficient of the mean squared log-sum-exp of a token's logits (ST-MoE, arXiv:2202.08906, eq. 5).
@@ -28,10 +30,12 @@ class SparseTraining:
             arXiv:2101.03961, eq. 4), which is 1 where experts are used alike.
         correct: the router's correction has a gradient, the surplus of tokens of each expert, for an optimizer that
             takes its sign (arXiv:2408.15664, algorithm 1), such as ``optax.sign_sgd(1e-3)``.
-        capacity: the most rows of an expert per micro-batch, relative to those of balanced experts; the choices of the
-            last tokens beyond that are dropped (GShard, arXiv:2006.16668). None drops nothing.
+        capacity: the most rows of an expert per micro-batch, relative to those of balanced experts that padding goes
+            to as well; the choices of the last tokens beyond that are dropped (GShard, arXiv:2006.16668). None drops
+            nothing, and who serves never does.
         statistics: tell how routers choose, see `dovetail_models.balance.router_terms`.
-        exchange: how tokens reach experts on other devices, see `dovetail_kernels.expert_parallel`.
+        exchange: how tokens reach experts on other devices, see `dovetail_kernels.expert_parallel`; None for
+            "all_to_all", and with a capacity, which has rooms of one size that a mesh divides.
     """
 
     z_coef: float = 0.0
@@ -39,7 +43,7 @@ class SparseTraining:
     correct: bool = False
     capacity: float | None = None
     statistics: bool = False
-    exchange: Literal["all_to_all", "ring"] = "all_to_all"
+    exchange: Literal["all_to_all", "ring"] | None = None
 
     def __post_init__(self) -> None:
         for name in ("z_coef", "switch_coef"):
@@ -47,8 +51,10 @@ class SparseTraining:
                 raise ValueError(f"{name}={getattr(self, name)}; expected a number of at least 0")
         if self.capacity is not None and not 0 < self.capacity < math.inf:
             raise ValueError(f"capacity={self.capacity}; expected a number above 0, or None to drop nothing")
-        if self.exchange not in ("all_to_all", "ring"):
+        if self.exchange not in ("all_to_all", "ring", None):
             raise ValueError(f"exchange={self.exchange!r}; expected 'all_to_all' or 'ring'")
+        if self.exchange is not None and self.capacity is not None:
+            raise ValueError(f"exchange={self.exchange!r} with capacity={self.capacity}; expected one of them")
 
     def rows(self, choices: int, experts: int) -> int | None:
         """Return the most rows of an expert, of so many choices of tokens."""

@@ -40,6 +40,8 @@ class SharedExpertsConfig(SparseConfig):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}; expected at least 1")
         super().__post_init__()
+        if self.first_dense < 0:
+            raise ValueError(f"first_dense={self.first_dense}; expected at least 0")
         _check_groups(self)
 
     def rearranged(self, order: Sequence[int]) -> dict[str, Any]:

@@ -39,6 +39,8 @@ class _Fields(Sparsity):
         super().__post_init__()
         if self.expert_hidden < 1:
             raise ValueError(f"expert_hidden={self.expert_hidden}; expected at least 1")
+        if min(self.dense_layers, default=0) < 0:
+            raise ValueError(f"dense_layers={self.dense_layers}; expected indices from 0")
 
     def rearranged(self, order: Sequence[int]) -> dict[str, Any]:
         """See `StackConfig.rearranged`."""

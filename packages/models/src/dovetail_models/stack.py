@@ -51,7 +51,10 @@ def find_cycle(kinds: Sequence[Hashable]) -> Cycle:
             if found.period * (found.repeats - 1) > best.period * (best.repeats - 1):
                 best = found
     if best.repeats == 1:
-        raise ValueError(f"none of {len(kinds)} layers is followed by one of its kind; expected some that repeat")
+        raise ValueError(
+            f"none of {len(kinds)} layers is followed by one of its kind; expected some that repeat, or scan=False, "
+            "which is unstacked(model) before a surgery"
+        )
     return best
 
 

@@ -7,6 +7,7 @@ their number, since the weights of a token's experts sum to 1. The model then co
 
 import dataclasses
 import functools
+import operator
 from collections.abc import Collection
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from dovetail_models.family import Family, architecture_family
 from dovetail_models.lazy_model import LazyModel, surgery
-from dovetail_models.lazy_parts import generator
+from dovetail_models.lazy_parts import computing_dtype, generator
 from dovetail_models.sparse_family import sparse_family
 from dovetail_weights import Lazy
 
@@ -54,7 +55,7 @@ class _Plan:
             if axis is not None:
                 first = expert % self.slices * shape[axis]
                 inside[axis] = slice(index[axis].start + first, index[axis].stop + first)
-            value = source.read(tuple(inside))
+            value = source.read(tuple(inside)).astype(computing_dtype(source), copy=False)
             if self.noise and not name.endswith("_bias"):
                 rng = generator(self.seed, f"{address}[{expert}]")
                 value = value + spread() * rng.standard_normal(shape, np.float32)[index]
@@ -113,6 +114,7 @@ def upcycle(
         What was given: a model, or a `LazyModel` of a directory.
 
     Raises:
+        TypeError: `experts`, `top_k` or `granularity` is no integer.
         ValueError: numbers that do not fit, or a family whose layers have no dense MLPs.
 
     >>> from flax import nnx
@@ -122,6 +124,7 @@ def upcycle(
     >>> type(sparse).__name__, sparse.layers[0].mlp.experts.up.shape
     ('Mixtral', (8, 8, 8))
     """
+    experts, top_k, granularity = (operator.index(number) for number in (experts, top_k, granularity))
     chosen = _checked(model, experts, top_k, granularity, layers)
     if not 0 <= noise < float("inf"):
         raise ValueError(f"noise={noise}; expected a number of at least 0")

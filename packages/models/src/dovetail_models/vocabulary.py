@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -47,6 +48,7 @@ def resize_vocabulary(
         shrink: allow a smaller size, which drops the last tokens.
 
     Raises:
+        TypeError: `size` or `multiple_of` is no integer.
         ValueError: there is no vocabulary; a size, multiple or spread is out of range; `size` is smaller without
             `shrink`, or drops a token that ``token_ids`` names; `like` has tokens that are not new, or unlike ones.
         dovetail_weights.WeightsError: when values are read: old ones are not finite.
@@ -72,7 +74,7 @@ def resize_vocabulary(
         if "vocab" in axes.names:
             tensors[address] = _resized(address, tensors[address], axes.names.index("vocab"), recipe)
     config = with_part(model.config, part, {"vocab_size": new})
-    return checked_shapes(LazyModel(model.family, config, tensors, model.token_ids, model.files))
+    return checked_shapes(dataclasses.replace(model, config=config, tensors=tensors))
 
 
 class _Recipe(NamedTuple):
@@ -95,6 +97,7 @@ def _part(config: Any) -> tuple[str, ...]:
 
 
 def _new_size(size: int, multiple_of: int) -> int:
+    size, multiple_of = operator.index(size), operator.index(multiple_of)
     if size < 1 or multiple_of < 1:
         raise ValueError(f"size={size}, multiple_of={multiple_of}; expected both at least 1")
     return math.ceil(size / multiple_of) * multiple_of

@@ -94,7 +94,7 @@ def widen(
         tensors["norm/weight"] = _times(tensors["norm/weight"], 1 / (features * embedding), offset)
         if "norm/bias" in tensors:
             tensors["norm/bias"] = _times(tensors["norm/bias"], 1 / (features * embedding))
-    return checked_shapes(LazyModel(model.family, config, tensors, model.token_ids, model.files))
+    return checked_shapes(dataclasses.replace(model, config=config, tensors=tensors))
 
 
 def _check(model: LazyModel, growth: Mapping[str, int], there: Collection[str | None]) -> None:
