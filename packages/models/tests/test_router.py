@@ -183,6 +183,22 @@ def test_earlier_choices_are_trained(scan: bool) -> None:
         assert not np.allclose(again(own.at[layer].set((own[layer] + 1) % 4)), plain, atol=1e-3)
     with pytest.raises(ValueError, match=r"choices have shape \(3, 9, 2\); expected \[layers, 10, k\]"):
         DenseMixer.of(tokens, choices=own[:, :9])
+    for count in (1, 4):
+        with pytest.raises(ValueError, match=f"choices of {count} layers; the model has 3"):
+            again(jnp.zeros((count, 10, 2), jnp.int32))
+
+
+def test_heads_that_look_ahead_choose_for_themselves() -> None:
+    """A sampler tells the experts of the model's layers; those of the last one are not meant for a head."""
+    config = MODELS["deepseek_v3"][1]
+    model = DeepseekV3(config, rngs=nnx.Rngs(0))
+    tokens, places = jnp.arange(10, dtype=jnp.int32)[None], jnp.arange(10, dtype=jnp.int32)
+    given = DenseMixer.of(tokens, choices=jnp.zeros((config.layers, 10, config.top_k), jnp.int32))
+    hidden = jax.random.normal(jax.random.key(0), (10, config.features))
+    free, forced = (
+        jax.jit(model.look_ahead)(hidden, tokens[0], places, how)[0] for how in (DenseMixer.of(tokens), given)
+    )
+    np.testing.assert_allclose(forced, free, atol=1e-6)
 
 
 @pytest.mark.parametrize(
