@@ -226,6 +226,43 @@ def test_a_pattern_of_nothing_is_refused():
         init_state(tiny()[1], optax.sgd(0.1), trained="heads")
 
 
+def test_no_pattern_is_refused():
+    """Nothing would be trained, step after step."""
+    definition, params = tiny()
+    with pytest.raises(ValueError, match=r"trained=\(\) has no patterns; expected at least one"):
+        Trainer(params, next_token(definition), optax.sgd(0.1), trained=[])
+    with pytest.raises(ValueError, match="has no patterns"):
+        make_step(next_token(definition), optax.sgd(0.1), trained=iter(()))
+    with pytest.raises(ValueError, match="has no patterns"):
+        init_state(params, optax.sgd(0.1), trained=())
+
+
+def test_patterns_are_read_once():
+    """Breaks when an iterator is empty from the second trace on, as for batches of another shape."""
+    definition, params = tiny()
+    step = jax.jit(make_step(next_token(definition), optax.sgd(0.1), trained=iter(FEW)))
+    state = init_state(params, optax.sgd(0.1), trained=iter(FEW))
+    for rows in (8, 4):
+        before = state.params["head"]
+        state, _ = step(state, batch_of(0, rows=rows))
+        assert not np.array_equal(state.params["head"], before)
+    trainer = Trainer(params, next_token(definition), optax.sgd(0.1), trained=iter(FEW))
+    trainer.step(batch_of(0))
+    assert not np.array_equal(trainer.params["head"], params["head"])
+
+
+@pytest.mark.parametrize("trained", ["**", "embedding/**"])
+def test_integers_are_not_trained(trained):
+    """A quantized base beside adapters; the error names what has no gradient, and what to say instead."""
+    definition, params = tiny()
+    params = {**params, "embedding": FakeQuantized.of(params, "embedding").quantized["embedding"]}
+    with pytest.raises(TypeError, match=r"embedding/qvalue has dtype int8.*trained= patterns without it"):
+        Trainer(params, next_token(definition), optax.sgd(0.1), trained=trained)
+    state = init_state(params, optax.sgd(0.1), trained="head")
+    with pytest.raises(TypeError, match="embedding/qvalue has dtype int8"):
+        make_step(next_token(definition), optax.sgd(0.1), trained=trained)(state, batch_of(0))
+
+
 @pytest.mark.parametrize("places", [{}, {"mesh": mesh(data=-1), "rules": DATA}], ids=["one device", "mesh"])
 def test_what_is_frozen_may_be_quantized(places):
     """Breaks when integers are differentiated, or a part of a quantized parameter moves."""
