@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from train_toys import FarLM, batch_of, quadratic, regression, tiny
+from flax import nnx
+from train_toys import FarLM, SparseLM, batch_of, quadratic, regression, tiny
 
+from dovetail_kernels import DenseMixer, linear_cross_entropy
 from dovetail_protocols import paths
 from dovetail_protocols.testing import FakeQuantized
 from dovetail_runtime import DATA, mesh
@@ -189,6 +191,45 @@ def test_a_model_without_heads_that_look_ahead():
     definition, params = tiny()
     with pytest.raises(TypeError, match=r"ahead=\(0.5,\), but TinyLM has no look_ahead"):
         next_token(definition, ahead=(0.5,))(params, batch_of(0))
+
+
+def replayed(seed, shape=(8, 6)):
+    """A batch whose tokens chose experts of `SparseLM` before, but for those that choose now."""
+    rng = np.random.default_rng(seed)
+    first = rng.integers(0, 4, (*shape, 2))
+    choices = np.stack([first, (first + rng.integers(1, 4, first.shape)) % 4], axis=-1).astype(np.int32)
+    choices[rng.random(shape) < 0.3] = -1
+    return batch_of(seed)._replace(choices=choices)
+
+
+def test_earlier_choices_of_experts_are_trained():
+    """Breaks when a token goes where another did, or another layer's choice is taken."""
+    definition, params = tiny(model=SparseLM)
+    batch, loss = replayed(0), jax.jit(next_token(definition))
+    model = nnx.merge(definition, params)
+    choices = jnp.asarray(batch.choices.transpose(2, 0, 1, 3).reshape(2, -1, 2))
+    mixer = DenseMixer.of(jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids), choices=choices)
+    hidden, _, _ = model.hidden(batch.tokens.reshape(-1), batch.positions.reshape(-1), mixer)
+    flat = jnp.asarray(batch.targets.reshape(-1))
+    expected = linear_cross_entropy(
+        hidden, model.unembedding()[0], flat, loss_weights=jnp.asarray(batch.loss_weights.reshape(-1))
+    )
+    assert float(loss(params, batch).sum) == pytest.approx(float(expected), rel=1e-6)
+    free = float(loss(params, batch._replace(choices=None)).sum)
+    assert abs(free - expected) > 0.01
+    assert float(loss(params, batch._replace(choices=np.full_like(batch.choices, -1))).sum) == pytest.approx(free)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_accumulation_is_exact_with_earlier_choices(count):
+    """Micro-batches take their own rows' choices."""
+    definition, params = tiny(model=SparseLM)
+    loss = next_token(definition)
+    whole, one = gradients(loss, params, replayed(0), 1)
+    parts, many = gradients(loss, params, replayed(0), count)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert many == pytest.approx(one, rel=1e-5)
 
 
 def test_unknown_auxiliary_name_lists_the_known_ones():
