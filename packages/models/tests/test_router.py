@@ -26,6 +26,8 @@ from dovetail_models import (
 )
 from dovetail_models import placements as placements_of
 from dovetail_models.balance import real_tokens
+from dovetail_models.state import replaced, variables
+from dovetail_protocols import LowRankArray
 from dovetail_runtime import EXPERT, mesh, use
 
 SEGMENTS = np.array([[1, 1, 1, 1, 1, 2, 2, 0], [4, 4, 4, 4, 4, 4, 4, 4]], np.int32)
@@ -222,6 +224,25 @@ def test_experts_on_devices(sizes: Any, training: SparseTraining, objective: Any
     grid = mesh(**sizes)
     placed = jax.device_put(params, placements_of(nnx.eval_shape(build), grid, EXPERT))
     with use(grid, EXPERT):
+        got = jax.jit(jax.value_and_grad(objective(definition)))(placed, tokens)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
+
+
+@pytest.mark.parametrize("magnitude", [False, True])
+def test_an_adapter_across_experts_on_devices(magnitude: bool, objective: Any) -> None:
+    """A rank that is the number of experts is no axis of them, and a magnitude is that of all experts together."""
+    config = MixtralConfig(vocab_size=24, features=8, hidden=12, layers=1, heads=4, kv_heads=2, experts=4, init_std=0.5)
+    plain, rng = Mixtral(config, rngs=nnx.Rngs(0)), np.random.default_rng(0)
+    address = "layers/0/mlp/experts/up"
+    base = variables(plain)[address].get_value()
+    a, b, m = (jnp.asarray(rng.uniform(0.1, 0.6, shape), jnp.float32) for shape in ((4, 8, 4), (4, 12), (12,)))
+    model = replaced(plain, {address: LowRankArray.checked(base, a, b, m if magnitude else None)})
+    definition, params = split(model)
+    tokens = rng.integers(0, 24, (3, 9)).astype(np.int32)
+    expected = jax.jit(jax.value_and_grad(objective(definition)))(params, tokens)
+    grid = mesh(fsdp=2, expert=4)
+    with use(grid, EXPERT):
+        placed = jax.device_put(params, placements_of(model, grid, EXPERT))
         got = jax.jit(jax.value_and_grad(objective(definition)))(placed, tokens)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
 
