@@ -50,7 +50,7 @@ def compare(out: Path, minutes: float, seed: int, corpus: Any = None) -> dict[st
     prose = reference(out, given, seed)
     _, whole = run(models.from_pretrained(path), prose, 0.3 * minutes, rate=RATE / 3, seed=seed)
     adapted = models.add_lora(models.from_pretrained(path), MATRICES, rank=RANK, rngs=nnx.Rngs(seed))
-    adapted, curve = run(adapted, prose, 0.3 * minutes, rate=RATE, seed=seed, trainable=[models.LORA])
+    adapted, curve = run(adapted, prose, 0.3 * minutes, rate=RATE, seed=seed, trained=models.LORA)
     adapter = models.save_lora(adapted, out / f"adapter-{seed}", base=str(path), overwrite=True)
     merged = models.merge_lora(path, models.load_lora(adapter, path)).save(out / f"merged-{seed}", overwrite=True)
     np.testing.assert_allclose(

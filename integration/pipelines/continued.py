@@ -68,7 +68,7 @@ def llama(given: Text, seed: int) -> models.Llama:
 
 
 def run(
-    model: Any, given: Text, minutes: float, *, rate: float, seed: int, trainable: Any = None
+    model: Any, given: Text, minutes: float, *, rate: float, seed: int, trained: str | Sequence[str] = "**"
 ) -> tuple[Any, list[Point]]:
     """Train a model for so many minutes; return it, and its curve from before the first step on.
 
@@ -78,7 +78,7 @@ def run(
         minutes: of training steps; evaluations, the compilation and the timed steps come on top.
         rate: the highest learning rate; it rises for a twentieth of the steps, and falls over the last half.
         seed: of the order of the data.
-        trainable: patterns of the parameters that are trained; None for all.
+        trained: patterns of the parameters that are trained.
     """
     definition, params = models.split(model)
     loss = train.next_token(definition)
@@ -93,11 +93,11 @@ def run(
 
     def optimizer(steps: int) -> Any:
         schedule = optim.wsd(rate, steps, warmup=max(1, steps // 20), decay=max(1, steps // 2))
-        chosen = optim.adamw(schedule, clip_norm=1.0)
-        return chosen if trainable is None else optim.group(params, {**dict.fromkeys(trainable, chosen), "**": None})
+        return optim.adamw(schedule, clip_norm=1.0)
 
-    steps = max(EVALUATIONS, int(60 * minutes / _seconds_per_step(params, loss, optimizer(100), plan)))
-    trainer = train.Trainer(params, loss, optimizer(steps))
+    timed = _compiled(train.Trainer(params, loss, optimizer(100), trained=trained), plan)
+    steps = max(EVALUATIONS, int(60 * minutes / _seconds_per_step(timed, plan)))
+    trainer = _compiled(train.Trainer(params, loss, optimizer(steps), trained=trained), plan)
     curve, spent = [Point(0, 0.0, held_out(params))], 0.0
     for part in range(EVALUATIONS):
         stop = steps * (part + 1) // EVALUATIONS
@@ -110,12 +110,18 @@ def run(
     return models.merge(definition, jax.tree.map(jnp.copy, trainer.params)), curve
 
 
-def _seconds_per_step(params: Any, loss: Any, optimizer: Any, plan: Any, count: int = 10) -> float:
-    trainer = train.Trainer(params, loss, optimizer)
-    for step in range(2):
-        jax.block_until_ready(trainer.step(plan.at(step)))
+def _compiled(trainer: train.Trainer, plan: Any) -> train.Trainer:
+    """Take a step, so that no later one compiles anything, and return the trainer as it was before."""
+    before = jax.tree.map(jnp.copy, trainer.state)
+    jax.block_until_ready(trainer.step(plan.at(0)))
+    trainer.state = before
+    return trainer
+
+
+def _seconds_per_step(trainer: train.Trainer, plan: Any, count: int = 10) -> float:
+    jax.block_until_ready(trainer.step(plan.at(0)))
     started = time.perf_counter()
-    for step in range(2, 2 + count):
+    for step in range(1, 1 + count):
         trainer.step(plan.at(step))
     jax.block_until_ready(trainer.params)
     return (time.perf_counter() - started) / count

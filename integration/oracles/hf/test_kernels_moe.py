@@ -7,13 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from flax import nnx
 from transformers import DeepseekV2Config, DeepseekV3Config, MixtralConfig, Qwen3MoeConfig
 from transformers.models.deepseek_v2 import modeling_deepseek_v2
 from transformers.models.deepseek_v3 import modeling_deepseek_v3
 from transformers.models.mixtral import modeling_mixtral
 from transformers.models.qwen3_moe import modeling_qwen3_moe
 
-from dovetail_kernels import ExpertGroups, combine, expert_load, permute, ragged_dot, route, sort_by_expert
+from dovetail_kernels import DenseMixer, ExpertGroups, combine, permute, ragged_dot, route, sort_by_expert
+from dovetail_models import Router, Selection, SparseTraining
+from dovetail_models.balance import router_terms
 
 TOKENS, EXPERTS, TOP, DIM, INNER = 40, 12, 3, 10, 6
 SIZES = {"hidden_size": DIM, "num_experts_per_tok": TOP, "hidden_act": "silu"}
@@ -112,12 +115,15 @@ def test_layer(case: Case) -> None:
 
 @pytest.mark.parametrize("masked", [False, True])
 def test_balance_loss(masked: bool) -> None:
-    """The documented formula is Mixtral's auxiliary loss (times top_k), with and without padding."""
+    """The loss over all tokens is Mixtral's auxiliary one (times top_k), with and without padding."""
     logits = np.random.default_rng(0).standard_normal((TOKENS, EXPERTS)).astype(np.float32)
-    where = np.random.default_rng(1).random(TOKENS) < 0.7
-    mask = torch.from_numpy(where.reshape(4, -1)) if masked else None
+    where = np.random.default_rng(1).random((4, TOKENS // 4)) < 0.7
+    mask = torch.from_numpy(where) if masked else None
     expected = modeling_mixtral.load_balancing_loss_func((torch.from_numpy(logits),), EXPERTS, TOP, mask)
-    load = expert_load(logits := jnp.asarray(logits), route(logits, TOP), where=jnp.asarray(where) if masked else None)
-    tokens = where.sum() if masked else TOKENS
-    loss = EXPERTS * jnp.sum(load.counts / (tokens * TOP) * load.probabilities)
-    np.testing.assert_allclose(loss * TOP, expected.item(), rtol=1e-5)
+    select = Selection(experts=EXPERTS, top_k=TOP, training=SparseTraining(switch_coef=1.0))
+    router = Router(DIM, select, init=nnx.initializers.zeros, dtype=jnp.float32, rngs=nnx.Rngs(0))
+    rows = jnp.asarray(where, jnp.int32)
+    given = jnp.asarray(logits), router.choose(jnp.asarray(logits)), DenseMixer.of(rows, rows if masked else None)
+    total, tokens = router_terms(router, *given)["loss/switch_per_micro_batch"]
+    assert tokens == (where.sum() if masked else TOKENS)
+    np.testing.assert_allclose(total / tokens * TOP, expected.item(), rtol=1e-5)

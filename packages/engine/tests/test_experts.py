@@ -104,6 +104,41 @@ def test_they_are_trained_with(make_engine):
     np.testing.assert_allclose([entry.value for entry in done.logprobs], expected, atol=1e-4)
 
 
+def test_as_much_is_read_as_a_reply_needs(make_engine):
+    """A short reply costs the transfer of the longest one, or a long one is cut."""
+    engine = make_engine(*sparse(), keep_experts=True, max_length=300)
+    sizes = {key[2] for key in engine.programs if key[0] == "experts"}
+    assert sizes == {256, 300}
+    del engine.programs.table[("experts", 0, 300)]
+    how = SamplingParams(max_tokens=4, temperature=0.0, ignore_eos=True)
+    done = engine.generate([Request(prompt=[1, 2, 3], sampling=how)])[0]
+    assert done.experts.shape == (LAYERS, 6, TOP)
+
+
+def test_experts_that_cannot_be_read_fail_their_request_alone(make_engine):
+    """An exception behind the step stops the engine and ends every request."""
+    engine = make_engine(*sparse(), keep_experts=True)
+    read, failures = engine._runner.experts, []
+
+    def fail(pages, count):
+        if not failures:
+            failures.append(count)
+            raise MemoryError("injected")
+        return read(pages, count)
+
+    engine._runner.experts = fail
+    asked = [
+        Request(prompt=[1, 2], sampling=SamplingParams(max_tokens=count, temperature=0.0, ignore_eos=True))
+        for count in (3, 9)
+    ]
+    bad, good = engine.generate(asked)
+    assert (bad.finish_reason, bad.error, bad.experts) == ("error", "MemoryError: injected", None)
+    assert bad.token_ids == good.token_ids[:3]
+    assert (good.finish_reason, good.experts.shape) == ("length", (LAYERS, 10, TOP))
+    assert engine.generate(asked[:1])[0].finish_reason == "length"
+    assert engine.stats()["errors"] == 1
+
+
 def test_none_are_told_unless_asked_for(make_engine):
     """They cost memory; a model without any is refused."""
     how = SamplingParams(max_tokens=3, temperature=0.0, ignore_eos=True)

@@ -158,6 +158,21 @@ def test_nobody_sees_ahead_by_default() -> None:
     assert str(next(programs)) == str(next(programs))
 
 
+@pytest.mark.parametrize("traced", [False, True])
+def test_choices_of_a_layer_are_its_own(traced: bool) -> None:
+    """A layer beyond the last, as that of a head that looks ahead, is not to be forced onto another's experts."""
+    choices = jnp.asarray(np.random.default_rng(0).integers(0, 8, (3, 6, 2)), jnp.int32)
+    mixer = DenseMixer.of(jnp.zeros((2, 3), jnp.int32), choices=choices)
+    now = jnp.full((6, 2), 5, jnp.int32)
+
+    def choose(layer: Any) -> Any:
+        return mixer.choose(layer, now)[0]
+
+    for layer in range(5):
+        got = jax.jit(choose)(jnp.int32(layer)) if traced else choose(layer)
+        np.testing.assert_array_equal(got, choices[layer] if layer < 3 else -jnp.ones_like(now))
+
+
 @pytest.mark.usefixtures("untyped")
 def test_bad_input() -> None:
     """Shapes that belong to another batch are refused, not reshaped into it."""
@@ -171,6 +186,10 @@ def test_bad_input() -> None:
         DenseMixer.of(tokens, ring=(mesh, "time"))
     with pytest.raises(ValueError, match=r"together have shape \(3, 2\); expected that of tokens, \(2, 3\)"):
         DenseMixer.of(tokens, together=tokens.reshape(3, 2))
+    with pytest.raises(ValueError, match=r"choices have shape \(3, 5, 2\); expected \[layers, 6, k\]"):
+        DenseMixer.of(tokens, choices=jnp.zeros((3, 5, 2), jnp.int32))
+    with pytest.raises(TypeError, match="choices have dtype float32; expected integers"):
+        DenseMixer.of(tokens, choices=jnp.zeros((3, 6, 2)))
     mixer, x = DenseMixer.of(tokens), jnp.ones((5, 2, 4))
     with pytest.raises(ValueError, match=r"query has shape \(5, 2, 4\); expected \[6, heads, dim\]"):
         mixer.attend(0, x, x, x, scale=1.0)

@@ -15,7 +15,6 @@ from dovetail_kernels import (
     Dispatch,
     ExpertGroups,
     combine,
-    expert_load,
     permute,
     ragged_dot,
     route,
@@ -102,27 +101,6 @@ def test_earlier_choices_keep_their_experts() -> None:
     np.testing.assert_array_equal(routing.experts, expected)
     scores = np.take_along_axis(scored(np.asarray(logits, np.float64), "softmax"), expected, axis=1)
     np.testing.assert_allclose(routing.weights, scores / scores.sum(1, keepdims=True), atol=1e-6)
-
-
-def test_expert_load() -> None:
-    """Balance losses and bias updates see the tokens that count, sequence by sequence."""
-    logits, where = draw(24, EXPERTS), jnp.asarray(np.random.default_rng(2).random(24) < 0.6)
-    for scoring in ("softmax", "sigmoid"):
-        routing = route(logits, TOP, scoring=scoring)
-        load = jax.jit(functools.partial(expert_load, sequences=3))(logits, routing, where=where)
-        scores = scored(np.asarray(logits, np.float64), scoring)
-        for i in range(3):
-            mine = np.flatnonzero(np.asarray(where)[8 * i : 8 * i + 8]) + 8 * i
-            counts = np.bincount(np.asarray(routing.experts)[mine].reshape(-1), minlength=EXPERTS)
-            np.testing.assert_array_equal(load.counts[i], counts)
-            share = (scores / scores.sum(1, keepdims=True))[mine].mean(0)
-            np.testing.assert_allclose(load.probabilities[i], share, rtol=1e-5)
-            z = np.log(np.exp(np.asarray(logits, np.float64)[mine]).sum(1)) ** 2
-            np.testing.assert_allclose(load.z_loss[i], z.mean(), rtol=1e-5)
-    nobody = expert_load(logits, route(logits, 1), where=jnp.zeros(24, bool))
-    assert not any(np.asarray(x).any() for x in nobody)
-    cold = jnp.full((4, 3), -200.0)  # every score is 0 in float32
-    assert not np.asarray(expert_load(cold, route(cold, 1, scoring="sigmoid")).probabilities).any()
 
 
 def check_dispatch(experts: np.ndarray, live: np.ndarray, count: int, capacity: int | None, got: Dispatch) -> None:
@@ -316,24 +294,6 @@ BAD: list[tuple[str, Any, type[Exception], str]] = [
     ("tokens", lambda: permute(jnp.ones((3, 2)), DISPATCH), ValueError, r"x has shape \(3, 2\); expected \[4, feat"),
     ("rows", lambda: combine(jnp.ones((3, 2)), jnp.ones((4, 2)), DISPATCH), ValueError, r"expected \[8, features\]"),
     ("weights", lambda: combine(jnp.ones((8, 2)), jnp.ones((4, 1)), DISPATCH), ValueError, r"expected \(4, 2\)"),
-    (
-        "sequences",
-        lambda: expert_load(jnp.ones((4, 3)), route(jnp.ones((4, 3)), 1), sequences=3),
-        ValueError,
-        "sequences=3; expected a divisor of 4",
-    ),
-    (
-        "other logits",
-        lambda: expert_load(jnp.ones((2, 3)), route(jnp.ones((4, 3)), 1)),
-        ValueError,
-        r"logits \(2, 3\)",
-    ),
-    (
-        "load's where",
-        lambda: expert_load(jnp.ones((4, 3)), route(jnp.ones((4, 3)), 1), where=jnp.ones(3, bool)),
-        ValueError,
-        r"where has shape \(3,\); expected \(4,\)",
-    ),
 ]
 
 

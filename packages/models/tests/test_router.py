@@ -26,6 +26,8 @@ from dovetail_models import (
 )
 from dovetail_models import placements as placements_of
 from dovetail_models.balance import real_tokens
+from dovetail_models.state import replaced, variables
+from dovetail_protocols import LowRankArray
 from dovetail_runtime import EXPERT, mesh, use
 
 SEGMENTS = np.array([[1, 1, 1, 1, 1, 2, 2, 0], [4, 4, 4, 4, 4, 4, 4, 4]], np.int32)
@@ -201,6 +203,22 @@ def test_earlier_choices_are_trained(scan: bool) -> None:
         assert not np.allclose(again(own.at[layer].set((own[layer] + 1) % 4)), plain, atol=1e-3)
     with pytest.raises(ValueError, match=r"choices have shape \(3, 9, 2\); expected \[layers, 10, k\]"):
         DenseMixer.of(tokens, choices=own[:, :9])
+    for count in (1, 4):
+        with pytest.raises(ValueError, match=f"choices of {count} layers; the model has 3"):
+            again(jnp.zeros((count, 10, 2), jnp.int32))
+
+
+def test_heads_that_look_ahead_choose_for_themselves() -> None:
+    """A sampler tells the experts of the model's layers; those of the last one are not meant for a head."""
+    config = MODELS["deepseek_v3"][1]
+    model = DeepseekV3(config, rngs=nnx.Rngs(0))
+    tokens, places = jnp.arange(10, dtype=jnp.int32)[None], jnp.arange(10, dtype=jnp.int32)
+    given = DenseMixer.of(tokens, choices=jnp.zeros((config.layers, 10, config.top_k), jnp.int32))
+    hidden = jax.random.normal(jax.random.key(0), (10, config.features))
+    free, forced = (
+        jax.jit(model.look_ahead)(hidden, tokens[0], places, how)[0] for how in (DenseMixer.of(tokens), given)
+    )
+    np.testing.assert_allclose(forced, free, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -224,6 +242,25 @@ def test_experts_on_devices(sizes: Any, training: SparseTraining, objective: Any
     grid = mesh(**sizes)
     placed = jax.device_put(params, placements_of(nnx.eval_shape(build), grid, EXPERT))
     with use(grid, EXPERT):
+        got = jax.jit(jax.value_and_grad(objective(definition)))(placed, tokens)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
+
+
+@pytest.mark.parametrize("magnitude", [False, True])
+def test_an_adapter_across_experts_on_devices(magnitude: bool, objective: Any) -> None:
+    """A rank that is the number of experts is no axis of them, and a magnitude is that of all experts together."""
+    config = MixtralConfig(vocab_size=24, features=8, hidden=12, layers=1, heads=4, kv_heads=2, experts=4, init_std=0.5)
+    plain, rng = Mixtral(config, rngs=nnx.Rngs(0)), np.random.default_rng(0)
+    address = "layers/0/mlp/experts/up"
+    base = variables(plain)[address].get_value()
+    a, b, m = (jnp.asarray(rng.uniform(0.1, 0.6, shape), jnp.float32) for shape in ((4, 8, 4), (4, 12), (12,)))
+    model = replaced(plain, {address: LowRankArray.checked(base, a, b, m if magnitude else None)})
+    definition, params = split(model)
+    tokens = rng.integers(0, 24, (3, 9)).astype(np.int32)
+    expected = jax.jit(jax.value_and_grad(objective(definition)))(params, tokens)
+    grid = mesh(fsdp=2, expert=4)
+    with use(grid, EXPERT):
+        placed = jax.device_put(params, placements_of(model, grid, EXPERT))
         got = jax.jit(jax.value_and_grad(objective(definition)))(placed, tokens)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), got, expected)
 

@@ -5,8 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from train_toys import FarLM, batch_of, quadratic, regression, tiny
+from flax import nnx
+from train_toys import FarLM, SparseLM, batch_of, quadratic, regression, tiny
 
+from dovetail_kernels import DenseMixer, linear_cross_entropy
 from dovetail_protocols import paths
 from dovetail_protocols.testing import FakeQuantized
 from dovetail_runtime import DATA, mesh
@@ -191,6 +193,45 @@ def test_a_model_without_heads_that_look_ahead():
         next_token(definition, ahead=(0.5,))(params, batch_of(0))
 
 
+def replayed(seed, shape=(8, 6)):
+    """A batch whose tokens chose experts of `SparseLM` before, but for those that choose now."""
+    rng = np.random.default_rng(seed)
+    first = rng.integers(0, 4, (*shape, 2))
+    choices = np.stack([first, (first + rng.integers(1, 4, first.shape)) % 4], axis=-1).astype(np.int32)
+    choices[rng.random(shape) < 0.3] = -1
+    return batch_of(seed)._replace(choices=choices)
+
+
+def test_earlier_choices_of_experts_are_trained():
+    """Breaks when a token goes where another did, or another layer's choice is taken."""
+    definition, params = tiny(model=SparseLM)
+    batch, loss = replayed(0), jax.jit(next_token(definition))
+    model = nnx.merge(definition, params)
+    choices = jnp.asarray(batch.choices.transpose(2, 0, 1, 3).reshape(2, -1, 2))
+    mixer = DenseMixer.of(jnp.asarray(batch.tokens), jnp.asarray(batch.segment_ids), choices=choices)
+    hidden, _, _ = model.hidden(batch.tokens.reshape(-1), batch.positions.reshape(-1), mixer)
+    flat = jnp.asarray(batch.targets.reshape(-1))
+    expected = linear_cross_entropy(
+        hidden, model.unembedding()[0], flat, loss_weights=jnp.asarray(batch.loss_weights.reshape(-1))
+    )
+    assert float(loss(params, batch).sum) == pytest.approx(float(expected), rel=1e-6)
+    free = float(loss(params, batch._replace(choices=None)).sum)
+    assert abs(free - expected) > 0.01
+    assert float(loss(params, batch._replace(choices=np.full_like(batch.choices, -1))).sum) == pytest.approx(free)
+
+
+@pytest.mark.parametrize("count", [2, 4])
+def test_accumulation_is_exact_with_earlier_choices(count):
+    """Micro-batches take their own rows' choices."""
+    definition, params = tiny(model=SparseLM)
+    loss = next_token(definition)
+    whole, one = gradients(loss, params, replayed(0), 1)
+    parts, many = gradients(loss, params, replayed(0), count)
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(parts), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
+    assert many == pytest.approx(one, rel=1e-5)
+
+
 def test_unknown_auxiliary_name_lists_the_known_ones():
     definition, params = tiny()
     with pytest.raises(ValueError, match=r"\['balance'\].*\['size'\]"):
@@ -224,6 +265,43 @@ def test_only_what_is_chosen_is_trained(accumulate):
 def test_a_pattern_of_nothing_is_refused():
     with pytest.raises(paths.PatternError, match="'heads' matches no leaf"):
         init_state(tiny()[1], optax.sgd(0.1), trained="heads")
+
+
+def test_no_pattern_is_refused():
+    """Nothing would be trained, step after step."""
+    definition, params = tiny()
+    with pytest.raises(ValueError, match=r"trained=\(\) has no patterns; expected at least one"):
+        Trainer(params, next_token(definition), optax.sgd(0.1), trained=[])
+    with pytest.raises(ValueError, match="has no patterns"):
+        make_step(next_token(definition), optax.sgd(0.1), trained=iter(()))
+    with pytest.raises(ValueError, match="has no patterns"):
+        init_state(params, optax.sgd(0.1), trained=())
+
+
+def test_patterns_are_read_once():
+    """Breaks when an iterator is empty from the second trace on, as for batches of another shape."""
+    definition, params = tiny()
+    step = jax.jit(make_step(next_token(definition), optax.sgd(0.1), trained=iter(FEW)))
+    state = init_state(params, optax.sgd(0.1), trained=iter(FEW))
+    for rows in (8, 4):
+        before = state.params["head"]
+        state, _ = step(state, batch_of(0, rows=rows))
+        assert not np.array_equal(state.params["head"], before)
+    trainer = Trainer(params, next_token(definition), optax.sgd(0.1), trained=iter(FEW))
+    trainer.step(batch_of(0))
+    assert not np.array_equal(trainer.params["head"], params["head"])
+
+
+@pytest.mark.parametrize("trained", ["**", "embedding/**"])
+def test_integers_are_not_trained(trained):
+    """A quantized base beside adapters; the error names what has no gradient, and what to say instead."""
+    definition, params = tiny()
+    params = {**params, "embedding": FakeQuantized.of(params, "embedding").quantized["embedding"]}
+    with pytest.raises(TypeError, match=r"embedding/qvalue has dtype int8.*trained= patterns without it"):
+        Trainer(params, next_token(definition), optax.sgd(0.1), trained=trained)
+    state = init_state(params, optax.sgd(0.1), trained="head")
+    with pytest.raises(TypeError, match="embedding/qvalue has dtype int8"):
+        make_step(next_token(definition), optax.sgd(0.1), trained=trained)(state, batch_of(0))
 
 
 @pytest.mark.parametrize("places", [{}, {"mesh": mesh(data=-1), "rules": DATA}], ids=["one device", "mesh"])

@@ -42,6 +42,24 @@ class FarLM(TinyLM):
         return hidden + (head + 1) * x, {"size": (jnp.sum(x), jnp.float32(x.shape[0]))}, mixer
 
 
+class SparseLM(TinyLM):
+    """Two layers with four experts each, vectors of which a token adds the two that it scores best, weighted."""
+
+    def __init__(self, vocab=17, dim=8, *, rngs):
+        super().__init__(vocab, dim, rngs=rngs)
+        self.experts = nnx.Param(nnx.initializers.normal(0.5)(rngs.params(), (2, 4, dim), jnp.float32))
+
+    def hidden(self, tokens, positions, mixer, *, embeds=None):
+        h, aux, mixer = super().hidden(tokens, positions, mixer, embeds=embeds)
+        for layer, table in enumerate(self.experts.get_value()):
+            scores = jax.nn.sigmoid(h @ table.T)
+            best = jax.lax.top_k(scores, 2)[1]
+            chosen, mixer = mixer.choose(layer, best)
+            chosen = jnp.where(chosen < 0, best, chosen)
+            h = h + jnp.sum(jnp.take_along_axis(scores, chosen, 1)[..., None] * table[chosen], axis=1)
+        return h, aux, mixer
+
+
 def tiny(seed=0, model=TinyLM):
     definition, state = nnx.split(model(rngs=nnx.Rngs(seed)))
     return definition, nnx.to_pure_dict(state)

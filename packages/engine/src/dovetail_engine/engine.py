@@ -309,11 +309,18 @@ class Engine:
         self._jobs[row].send(delta)
 
     def _with_experts(self, row: Row, delta: Delta) -> Delta:
-        """Add what experts the prompt and the reply went to, where that is kept, before the pages are another's."""
+        """Add what experts the prompt and the reply went to, where that is kept, before the pages are another's.
+
+        A fault ends this request alone.
+        """
         if not self.options.keep_experts or delta.finish_reason not in ("stop", "length"):
             return delta
         count = len(row.tokens) + len(delta.token_ids) - 1
-        return dataclasses.replace(delta, experts=self._runner.experts(row.pages, count))
+        try:
+            return dataclasses.replace(delta, experts=self._runner.experts(row.pages, count))
+        except Exception as error:  # noqa: BLE001
+            _LOG.exception("the experts of a reply could not be read")
+            return dataclasses.replace(delta, finish_reason="error", error=f"{type(error).__name__}: {error}")
 
     def _end(self, row: Row, delta: Delta) -> None:
         """Forget a request before its last delta is seen, so that whoever sees it finds the engine without it."""

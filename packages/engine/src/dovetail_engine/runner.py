@@ -135,23 +135,25 @@ class Runner:
 
     def experts(self, pages: Sequence[int], count: int) -> Int[np.ndarray, "layers count k"]:
         """Return the experts of a sequence's first tokens, int32 ``[layers, count, k]``, of the pages that it has."""
-        table = np.full(self.sizes.length // self.sizes.page, TRASH, np.int32)
-        table[: len(pages)] = pages
-        found = np.asarray(self.programs(("experts", 0, 0), self._cache.choices, table), np.int32)
+        size = bucket(count, self.sizes.context_buckets)
+        table = np.full(size // self.sizes.page, TRASH, np.int32)
+        held = pages[: len(table)]
+        table[: len(held)] = held
+        found = np.asarray(self.programs(("experts", 0, size), self._cache.choices, table), np.int32)
         return found.reshape(-1, *found.shape[2:])[:count].transpose(1, 0, 2)
 
     def _compile(self, build: Build, params: Any) -> Programs:
         shapes = (jax.tree.map(_described, params), jax.tree.map(_described, self._cache))
         programs = {"mixed": mixed, "decode": decode}
         jitted = {name: jax.jit(functools.partial(f, build), donate_argnums=1) for name, f in programs.items()}
-        pages = jax.ShapeDtypeStruct((self.sizes.length // self.sizes.page,), jnp.int32)
 
-        def lower(name: str, *size: int) -> Any:
+        def lower(name: str, size: int, context: int) -> Any:
             if name == "experts":
+                pages = jax.ShapeDtypeStruct((context // self.sizes.page,), jnp.int32)
                 return jax.jit(lambda choices, pages: choices[pages]).lower(shapes[1].choices, pages)
-            return jitted[name].lower(*shapes, self._blank(name, *size))
+            return jitted[name].lower(*shapes, self._blank(name, size, context))
 
-        kept = [] if self._form.choices is None else [("experts", 0, 0)]
+        kept = [] if self._form.choices is None else [("experts", 0, size) for size in self.sizes.context_buckets]
         return Programs.compile(lower, [*self.sizes.keys(), *kept])
 
     def reset(self) -> None:

@@ -34,7 +34,7 @@ class DenseMixer:
         together: int ``[batch, time]``: tokens of a row that have the same number, but 0, see each other in both
             directions, as the places of one image do; None where none are.
         choices: int ``[layers, batch * time, k]``: the experts of tokens that chose before, of every layer (those
-            without experts, too), -1 where a token chooses now; None where all do.
+            without experts, too), -1 where a token chooses now; None where all do. All tokens of later layers do.
     """
 
     segment_ids: Any
@@ -62,6 +62,7 @@ class DenseMixer:
         Raises:
             ValueError: `tokens` are not ``[batch, time]``, `segment_ids`, `together` or `choices` do not fit them, or
                 rows are not a multiple of the devices of the `ring`.
+            TypeError: `choices` are no integers.
         """
         if tokens.ndim != 2:
             raise ValueError(f"tokens have shape {tokens.shape}; expected [batch, time]")
@@ -70,6 +71,8 @@ class DenseMixer:
                 raise ValueError(f"{name} have shape {x.shape}; expected that of tokens, {tokens.shape}")
         if choices is not None and (choices.ndim != 3 or choices.shape[1] != tokens.size):
             raise ValueError(f"choices have shape {choices.shape}; expected [layers, {tokens.size}, k]")
+        if choices is not None and not jnp.issubdtype(choices.dtype, jnp.integer):
+            raise TypeError(f"choices have dtype {choices.dtype}; expected integers, -1 where a token chooses now")
         devices = 1 if ring is None else ring[0].shape[ring[1]]
         if tokens.shape[1] % devices:
             raise ValueError(
@@ -163,8 +166,14 @@ class DenseMixer:
         return jax.vmap(sums)(rows, place, ids).reshape(values.shape)
 
     def choose(self, layer: LayerIndex, experts: Int[Array, "tokens k"]) -> tuple[Int[Array, "tokens k"], "DenseMixer"]:
-        """Return what tokens chose before, see `dovetail_protocols.Mixer.choose`."""
-        return experts if self.choices is None else jax.lax.dynamic_index_in_dim(self.choices, layer, 0, False), self
+        """Return what tokens chose before, see `dovetail_protocols.Mixer.choose`.
+
+        In layers that `choices` do not reach, as those of heads that look ahead, tokens choose now.
+        """
+        if self.choices is None:
+            return experts, self
+        found = jax.lax.dynamic_index_in_dim(self.choices, layer, 0, False)
+        return jnp.where(layer < self.choices.shape[0], found, -1), self
 
     def recur(
         self, layer: LayerIndex, recurrence: Any, inputs: tuple[Float[Array, "tokens ..."], ...]

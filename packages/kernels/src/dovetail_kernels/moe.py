@@ -24,10 +24,8 @@ from dovetail_kernels._manual import alike
 __all__ = [
     "Dispatch",
     "ExpertGroups",
-    "ExpertLoad",
     "Routing",
     "combine",
-    "expert_load",
     "permute",
     "route",
     "sort_by_expert",
@@ -153,67 +151,6 @@ def _within(choice: jax.Array, groups: ExpertGroups) -> jax.Array:
     kept = jax.lax.top_k(worth, groups.keep)[1]
     inside = jnp.any(kept[:, :, None] == jnp.arange(groups.count, dtype=kept.dtype), axis=1)
     return jnp.where(inside[:, :, None], split, -jnp.inf).reshape(choice.shape)
-
-
-class ExpertLoad(NamedTuple):
-    """What balancing losses and biases are made of, per sequence and not averaged over them.
-
-    With n tokens that count, ``experts * sum(counts / (n * top_k) * probabilities)`` is the balance loss of the Switch
-    Transformer (arXiv:2101.03961), 1 where all experts are used alike; `z_loss` is that of ST-MoE (arXiv:2202.08906).
-
-    Attributes:
-        counts: tokens that chose each expert.
-        probabilities: mean share of each expert in a token's scores.
-        z_loss: mean of the squared log-sum-exp of the logits.
-    """
-
-    counts: Float[Array, "sequences experts"]
-    probabilities: Float[Array, "sequences experts"]
-    z_loss: Float[Array, " sequences"]
-
-
-def expert_load(
-    logits: Float[Array, "tokens experts"],
-    routing: Routing,
-    *,
-    sequences: int = 1,
-    where: Bool[Array, " tokens"] | None = None,
-) -> ExpertLoad:
-    """Return how much experts are used, with gradients through `probabilities` and `z_loss`.
-
-    Args:
-        logits: those that `routing` was made of.
-        routing: of the tokens.
-        sequences: number of sequences of equal length that the tokens are; 1 counts over all tokens.
-        where: tokens that count, default all; means are 0 where none does.
-
-    Raises:
-        ValueError: the sequences do not divide the tokens, or `where` has another length.
-
-    >>> logits = jnp.zeros((4, 2))
-    >>> load = expert_load(logits, route(logits, 1))
-    >>> 2 * jnp.sum(load.counts / 4 * load.probabilities)
-    Array(1., dtype=float32)
-    """
-    tokens, experts = routing.scores.shape
-    if sequences < 1 or tokens % sequences:
-        raise ValueError(f"sequences={sequences}; expected a divisor of {tokens} tokens")
-    if where is not None and where.shape != (tokens,):
-        raise ValueError(f"where has shape {where.shape}; expected ({tokens},)")
-    if logits.shape != routing.scores.shape:
-        raise ValueError(f"logits {logits.shape}, routing of {routing.scores.shape}; expected those it was made of")
-    live = jnp.ones((tokens,), bool) if where is None else where
-    column = jnp.arange(experts, dtype=routing.experts.dtype)
-    chosen = jnp.sum((routing.experts[:, :, None] == column).astype(routing.scores.dtype), axis=1)
-    share = routing.scores / _positive(jnp.sum(routing.scores, axis=1, keepdims=True))
-    z = jax.nn.logsumexp(logits.astype(routing.scores.dtype), axis=1) ** 2
-
-    def total(x: jax.Array) -> jax.Array:
-        kept = jnp.where(live.reshape(-1, *(1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
-        return jnp.sum(kept.reshape(sequences, -1, *x.shape[1:]), axis=1)
-
-    count = jnp.maximum(total(jnp.ones_like(z)), 1)
-    return ExpertLoad(total(chosen), total(share) / count[:, None], total(z) / count)
 
 
 class Dispatch(NamedTuple):

@@ -60,7 +60,6 @@ FUNCTIONS = (
     Plain("contrastive_loss", _WIDE, "that of `linear_cross_entropy`", "those of `linear_cross_entropy`"),
     Plain("einsum", "that of the product: float32 for 16 bits", "1e-5 in float32; quantized as `quantized_matmul`"),
     Plain("empty_pages", _COPY, "exact", "none: zeros"),
-    Plain("expert_load", _WIDE, "1e-5 of each number in float32", "any, of probabilities and z-loss"),
     Plain("expert_parallel", _WIDE, "1e-5 in float32", "first order, reverse mode"),
     Plain("filter_logits", "float32", "1e-6 of each logit that stays", "any, of the logits that stay"),
     Plain("gated_delta_step", _WIDE, "that of `gated_delta_rule`"),

@@ -29,7 +29,9 @@ class SparseTraining:
         switch_coef: coefficient of the balancing loss over all tokens of a micro-batch (Switch Transformer,
             arXiv:2101.03961, eq. 4), which is 1 where experts are used alike.
         correct: the router's correction has a gradient, the surplus of tokens of each expert, for an optimizer that
-            takes its sign (arXiv:2408.15664, algorithm 1), such as ``optax.sign_sgd(1e-3)``.
+            takes its sign (arXiv:2408.15664, algorithm 1), such as ``optax.sign_sgd(1e-3)``. It is that of no loss, yet
+            in the norm of all gradients, as a step's ``grad_norm`` is: what clips belongs into the group of the other
+            parameters.
         capacity: the most rows of an expert per micro-batch, relative to those of balanced experts that padding goes
             to as well; the choices of the last tokens beyond that are dropped (GShard, arXiv:2006.16668). None drops
             nothing, and who serves never does.

@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec
 
 from dovetail_kernels import Routing, expert_parallel
 from dovetail_models.state import merge, split
+from dovetail_protocols import LowRankArray
 from dovetail_runtime import current, split_of
 
 __all__ = ["spread"]
@@ -37,6 +38,7 @@ def spread(
     wanted = [*context.rules.of("activations").get("tokens", ()), axis]
     axes = tuple(dict.fromkeys(name for name in wanted if mesh.shape.get(name, 1) > 1))
     definition, params = split(experts)
+    params = jax.tree.map(_per_expert, params, is_leaf=lambda x: isinstance(x, LowRankArray))
     count, tokens = routing.scores.shape[1], x.shape[0]
     padding = -tokens % math.prod(mesh.shape[name] for name in axes)
     x, chosen, weights, scores = (jnp.pad(part, ((0, padding), (0, 0))) for part in (x, *routing))
@@ -45,10 +47,16 @@ def spread(
     def local(params: Any, x: jax.Array, routing: Routing) -> jax.Array:
         return expert_parallel(functools.partial(_apply, definition), params, x, routing, axis=axis, exchange=exchange)
 
-    places = jax.tree.map(lambda leaf: PartitionSpec(axis if leaf.shape[0] == count else None), params)
+    shared = 1  # the length of what all experts have one of, as scales of quantized weights
+    places = jax.tree.map(lambda leaf: PartitionSpec(None if leaf.shape[0] == shared else axis), params)
     rows = PartitionSpec(axes)
     run = jax.shard_map(local, mesh=mesh, in_specs=(places, rows, rows), out_specs=rows, axis_names=set(axes))
     return run(params, x, Routing(chosen, weights, scores))[:tokens]
+
+
+def _per_expert(weight: Any) -> Any:
+    """Return a weight whose every part has experts first; an adapter across experts is added up, as in products."""
+    return weight.dense() if isinstance(weight, LowRankArray) and not weight.leading else weight
 
 
 def _apply(definition: Any, params: Any, rows: jax.Array, group_sizes: jax.Array) -> jax.Array:

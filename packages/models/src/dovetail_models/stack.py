@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
+from dovetail_kernels import DenseMixer
 from dovetail_models.remat import Remat
 from dovetail_protocols import Auxiliary, add_auxiliary
 from dovetail_weights import StackedMap, WeightMap
@@ -74,6 +75,10 @@ class Stack(nnx.Module):
         self.before, self.after = nnx.List(layers[:first]), nnx.List(layers[end:])
         self.cycle = nnx.List([_stacked(layers[first + place : end : period]) for place in range(period)])
         self.repeats = repeats
+
+    def __len__(self) -> int:
+        """Return how many layers there are."""
+        return len(self.before) + len(self.cycle) * self.repeats + len(self.after)
 
     def __iter__(self) -> Iterator[Any]:
         """Yield each layer in order, those that repeat without values."""
@@ -190,7 +195,13 @@ def run_layers(
         tables: of the rotary embeddings.
         mixer: see `dovetail_protocols.Mixer`.
         remat: what the backward pass keeps; None for everything.
+
+    Raises:
+        ValueError: a dense mixer has earlier choices of another number of layers.
     """
+    chosen = mixer.choices if isinstance(mixer, DenseMixer) else None
+    if chosen is not None and len(chosen) != len(layers):
+        raise ValueError(f"choices of {len(chosen)} layers; the model has {len(layers)}, those without experts too")
     if not getattr(mixer, "per_layer", True):
         run = _Run(tables, mixer, remat)
         x, total = run.stack(layers, x) if isinstance(layers, Stack) else run.layers(0, layers, x)
@@ -214,11 +225,7 @@ def layer_map(table: WeightMap, stacks: Mapping[str, int]) -> WeightMap:
 
 def single_addresses(model: nnx.Module, addresses: Collection[str]) -> dict[str, list[str]]:
     """Return the addresses of layers one by one that each address of a model's parameters stands for."""
-    stacks = {
-        "/".join(map(str, path)): len(node.before) + len(node.cycle) * node.repeats + len(node.after)
-        for path, node in nnx.iter_graph(model)
-        if isinstance(node, Stack)
-    }
+    stacks = {"/".join(map(str, path)): len(node) for path, node in nnx.iter_graph(model) if isinstance(node, Stack)}
     return _singles(stacks, addresses)
 
 

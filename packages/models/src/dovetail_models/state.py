@@ -8,7 +8,6 @@ import jax
 from flax import nnx
 from jax.sharding import Mesh
 
-from dovetail_models.layers import leading_axes
 from dovetail_protocols import LowRankArray, QuantizedArray
 from dovetail_runtime import Rules, shardings
 
@@ -93,21 +92,20 @@ def logical_axes(module: nnx.Module) -> dict[Any, Any]:
 
 
 def _names(variable: Any) -> Any:
-    metadata = variable.get_metadata()
-    names, inputs = tuple(metadata["axes"]), metadata.get("inputs", 0)
-    return variable.replace(_of_parts(variable.get_value(), names, leading_axes(names, inputs or 1)))
+    return variable.replace(_of_parts(variable.get_value(), tuple(variable.get_metadata()["axes"])))
 
 
-def _of_parts(value: Any, names: tuple[str | None, ...], leading: int) -> Any:
+def _of_parts(value: Any, names: tuple[str | None, ...]) -> Any:
     if isinstance(value, QuantizedArray):
         long = lambda x: tuple(name if n == m else None for name, n, m in zip(names, x.shape, value.shape, strict=True))  # noqa: E731
         return jax.tree.map(long, value)
     if not isinstance(value, LowRankArray):
         return names
-    into, out = names[: leading + value.inputs], names[leading + value.inputs :]
+    leading, end = value.leading, value.leading + value.inputs
+    into, out = names[:end], names[end:]
     parts: Any = LowRankArray  # whose parts are names here
     return parts(
-        base=_of_parts(value.base, names, leading),
+        base=_of_parts(value.base, names),
         a=(*into, None),
         b=(*names[:leading], None, *out),
         magnitude=None if value.magnitude is None else (*names[:leading], *out),

@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from dovetail_protocols import paths
-from dovetail_protocols.batch import LMBatch, batch_size, split_rows
+from dovetail_protocols.batch import LMBatch, batch_size, pad_choices, split_rows
 from dovetail_protocols.checkpointer import Checkpointer, Restored
 from dovetail_protocols.command import Command, CommandError
 from dovetail_protocols.engine import (
@@ -87,6 +87,7 @@ __all__ = [
     "add_auxiliary",
     "as_array",
     "batch_size",
+    "pad_choices",
     "paths",
     "split_rows",
 ]

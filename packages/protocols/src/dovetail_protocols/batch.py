@@ -4,15 +4,16 @@ A row is read with T+1 tokens and split into T inputs and T targets, so that no 
 Segment 0 is padding. Masks come from segments and roles, never from comparing tokens with a padding id.
 """
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
-__all__ = ["LMBatch", "batch_size", "split_rows"]
+__all__ = ["LMBatch", "batch_size", "pad_choices", "split_rows"]
 
 
 class LMBatch(NamedTuple):
-    """One batch of token rows, a pytree of arrays of shape ``[batch, time]``.
+    """One batch of token rows, a pytree of arrays of shape ``[batch, time]``, or None where one is not there.
 
     Attributes:
         tokens: int32 inputs.
@@ -20,6 +21,8 @@ class LMBatch(NamedTuple):
         loss_weights: float32, how much each target counts; 0 where it must not be learned.
         positions: int32, the position inside the document, used by rotary embeddings.
         segment_ids: int32, equal for tokens that may attend to each other, 0 for padding.
+        choices: int32 ``[batch, time, layers, k]``, the experts that tokens chose before, as when a sampler's tokens
+            are trained on (router replay, arXiv:2510.11370), -1 where a token chooses now; None where all do.
     """
 
     tokens: Any
@@ -27,6 +30,7 @@ class LMBatch(NamedTuple):
     loss_weights: Any
     positions: Any
     segment_ids: Any
+    choices: Any = None
 
 
 def split_rows(rows: Any, segment_ids: Any = None, positions: Any = None, loss_weights: Any = None) -> LMBatch:
@@ -59,6 +63,35 @@ def split_rows(rows: Any, segment_ids: Any = None, positions: Any = None, loss_w
         positions=np.ascontiguousarray(places[:, :-1], np.int32),
         segment_ids=np.ascontiguousarray(segments[:, :-1]),
     )
+
+
+def pad_choices(experts: Sequence[Any], time: int) -> Any:
+    """Return `LMBatch.choices` of rows that begin with a prompt and its reply (a NumPy array on the host).
+
+    Args:
+        experts: of each row, `Completion.experts`, int ``[layers, tokens, k]``; None for a row without.
+        time: tokens of a row; those after the reply choose now.
+
+    Raises:
+        ValueError: more than `time` tokens, rows of other layers or another k, or no row with experts.
+
+    >>> pad_choices([np.zeros((2, 3, 1), int), None], time=4)[:, :, 0, 0]
+    array([[ 0,  0,  0, -1],
+           [-1, -1, -1, -1]], dtype=int32)
+    """
+    known = {row: np.asarray(found) for row, found in enumerate(experts) if found is not None}
+    shapes = [found.shape for found in known.values()]
+    same = len({(shape[0], *shape[2:]) for shape in shapes if shape}) == 1
+    if not same or any(len(shape) != 3 or shape[1] > time for shape in shapes):
+        raise ValueError(
+            f"experts have the shapes {shapes}; expected one [layers, tokens, k] or more, of the same layers and k, "
+            f"with at most time={time} tokens"
+        )
+    layers, _, k = shapes[0]
+    choices = np.full((len(experts), time, layers, k), -1, np.int32)
+    for row, found in known.items():
+        choices[row, : found.shape[1]] = found.transpose(1, 0, 2)
+    return choices
 
 
 def batch_size(batch: Any) -> int:

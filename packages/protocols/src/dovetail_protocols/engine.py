@@ -94,7 +94,9 @@ class Delta:
         finish_reason: set on the last delta.
         error: why, when the reason is ``error``.
         experts: on the last delta of an engine that keeps them: int ``[layers, tokens, k]``, which experts the prompt
-            and the reply went to, but for the reply's last token, which went nowhere; -1 in layers without.
+            and the reply went to, but for the reply's last token, which went nowhere; -1 in layers without. An engine
+            that computed a part again, as after a preemption, tells the experts of that computation: rounding may have
+            chosen others, of scores that are nearly the same, when the token was sampled.
     """
 
     token_ids: tuple[int, ...] = ()

@@ -22,7 +22,8 @@ def next_token(
 ) -> Callable[[Any, LMBatch], LossOutput]:
     """Return the next-token cross-entropy of a language model as ``loss(params, batch)``, in nats.
 
-    The logits of the whole batch never exist (`dovetail_kernels.linear_cross_entropy`).
+    The logits of the whole batch never exist (`dovetail_kernels.linear_cross_entropy`). Tokens go to the experts of
+    `LMBatch.choices` where there are any.
 
     Args:
         definition: the static part of an NNX module that meets `dovetail_protocols.LanguageModel`, as from
@@ -43,8 +44,8 @@ def next_token(
         model = nnx.merge(definition, params)
         if ahead and not hasattr(model, "look_ahead"):
             raise TypeError(f"ahead={tuple(ahead)}, but {type(model).__qualname__} has no look_ahead; leave ahead out")
-        ring = split_of("time")
-        mixer = DenseMixer.of(batch.tokens, batch.segment_ids, implementation=attention, ring=ring)
+        options: dict[str, Any] = {"implementation": attention, "ring": split_of("time")}
+        mixer = DenseMixer.of(batch.tokens, batch.segment_ids, choices=_choices(batch), **options)
         positions = batch.positions.reshape(-1)
         weight, bias, softcap = model.unembedding()
 
@@ -65,6 +66,13 @@ def next_token(
         return LossOutput(main.sum, main.weight, _terms(aux, coefficients) | further)
 
     return loss
+
+
+def _choices(batch: LMBatch) -> Any:
+    """Return the experts of all tokens as a mixer takes them, ``[layers, batch * time, k]``."""
+    if batch.choices is None:
+        return None
+    return jnp.moveaxis(jnp.reshape(batch.choices, (-1, *batch.choices.shape[2:])), 1, 0)
 
 
 def _later(batch: LMBatch, count: int) -> tuple[Any, Any]:

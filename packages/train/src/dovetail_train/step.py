@@ -47,8 +47,9 @@ def init_state(
     *,
     trained: str | Iterable[str] = ALL,
 ) -> TrainState:
-    """Return the state before the first step; for `trained` see `make_step`."""
-    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(_part(params, trained)), key)
+    """Return the state before the first step; for `trained` and what is raised see `make_step`."""
+    part = _part(params, patterns_of(trained))
+    return TrainState(jnp.zeros((), jnp.int32), params, optimizer.init(part), key)
 
 
 def make_step(
@@ -73,14 +74,17 @@ def make_step(
             so they may be quantized.
 
     Raises:
-        ValueError: `accumulate` is below 1; from the step: it does not divide the rows of the batch.
+        ValueError: `accumulate` is below 1, or `trained` has no patterns; from the step: `accumulate` does not divide
+            the rows of the batch.
         PatternError: from the step: a pattern matches no parameter.
+        TypeError: from the step: what is trained are not all floats.
     """
     if accumulate < 1:
         raise ValueError(f"accumulate={accumulate}; expected at least 1")
+    patterns = patterns_of(trained)
 
     def step(state: TrainState, batch: Any) -> tuple[TrainState, Metrics]:
-        part, whole = _part(state.params, trained), state.params
+        part, whole = _part(state.params, patterns), state.params
 
         def of_part(part: Any, *arguments: Any) -> LossOutput:
             return loss(paths.update(whole, paths.flatten(part)), *arguments)
@@ -100,12 +104,34 @@ def make_step(
     return step
 
 
-def _part(params: Any, trained: str | Iterable[str]) -> Any:
+def patterns_of(trained: str | Iterable[str]) -> tuple[str, ...]:
+    """Return patterns that can be read more than once.
+
+    Raises:
+        ValueError: there are none.
+    """
+    patterns = (trained,) if isinstance(trained, str) else tuple(trained)
+    if not patterns:
+        raise ValueError(f"trained={patterns} has no patterns; expected at least one, such as {ALL!r} for everything")
+    return patterns
+
+
+def _part(params: Any, patterns: tuple[str, ...]) -> Any:
     """Return the parameters that are trained; the others are None, which is no leaf."""
-    if trained == ALL:
-        return params
-    chosen = set(paths.select(params, trained))
-    return jax.tree_util.tree_map_with_path(lambda path, x: x if paths.path_of(path) in chosen else None, params)
+    chosen = set(paths.select(params, patterns))
+
+    def kept(path: Any, leaf: Any) -> Any:
+        address = paths.path_of(path)
+        if address not in chosen:
+            return None
+        if not jnp.issubdtype(dtype := jnp.result_type(leaf), jnp.inexact):
+            raise TypeError(
+                f"{address} has dtype {dtype}, which has no gradient; expected trained= patterns without it, "
+                "such as dovetail_models.LORA for the adapters alone"
+            )
+        return leaf
+
+    return jax.tree_util.tree_map_with_path(kept, params)
 
 
 def _keys(state: TrainState, count: int) -> Any:

@@ -17,7 +17,7 @@ from dovetail_protocols import Checkpointer, Loader, LossOutput, Sink
 from dovetail_runtime import Rules, put_batch, shardings_like, use
 from dovetail_train.explain import Explanation, explain
 from dovetail_train.hooks import Checkpoint, End, Hook
-from dovetail_train.step import TrainState, init_state, make_step
+from dovetail_train.step import TrainState, init_state, make_step, patterns_of
 from dovetail_train.throughput import Throughput
 
 __all__ = ["NonFiniteLossError", "Trainer"]
@@ -46,7 +46,9 @@ class Trainer:
         shardings: a tree like `params` of their shardings; default replicated over the mesh.
 
     Raises:
-        ValueError: `mesh` without `rules`.
+        ValueError: `mesh` without `rules`, or `trained` has no patterns.
+        PatternError: a pattern matches no parameter.
+        TypeError: what is trained are not all floats.
     """
 
     def __init__(
@@ -65,7 +67,7 @@ class Trainer:
         if mesh is not None and rules is None:
             raise ValueError("mesh without rules; pass for example dovetail_runtime.DATA as rules")
         self._mesh, self._rules = mesh, rules
-        trained = trained if isinstance(trained, str) else tuple(trained)
+        trained = patterns_of(trained)
         step = make_step(loss, optimizer, accumulate=accumulate, trained=trained)
         begin = functools.partial(init_state, optimizer=optimizer, trained=trained)
         self._shardings = self._state_shardings(params, begin, key, shardings)

@@ -108,7 +108,7 @@ def save(
         weight_map: rules between the tree's addresses and the checkpoint's names.
         tree: a pytree of arrays, all of whose parts are on this process's devices, or of `Lazy` ones.
         dtype: a floating-point dtype for every floating-point leaf, in place of its own.
-        options: `max_shard_bytes`, `metadata`, `extra_files` and `overwrite`.
+        options: `max_shard_bytes`, `metadata`, `extra_files`, `overwrite` and `stem`.
 
     Raises:
         WeightsError: the map does not fit, or a leaf cannot be stored.
