@@ -15,12 +15,13 @@ from flax import nnx
 from jax.core import Tracer
 
 from dovetail_models.layers import leading_axes
+from dovetail_models.lazy_parts import computing_dtype
 from dovetail_models.state import nested, replaced, variables
 from dovetail_protocols import LowRankArray, paths
 
 M = TypeVar("M", bound=nnx.Module)
 
-__all__ = ["LORA", "adapted", "add_lora", "check_finite", "division", "remove_lora", "wide"]
+__all__ = ["LORA", "adapted", "add_lora", "check_finite", "division", "remove_lora"]
 
 LORA = "**/{a,b,magnitude}"
 """The pattern of what trains of an adapted model; no other parameter of this package has such a name."""
@@ -77,7 +78,7 @@ def add_lora(
         leading, inputs = division(address, known[address])
         base = known[address].get_value()
         check_finite(address, base)
-        kind = wide(base.dtype) if dtype is None else jnp.dtype(dtype)
+        kind = computing_dtype(base) if dtype is None else jnp.dtype(dtype)
         a, b = _initial(base.shape, leading, inputs, rank, known[address].get_metadata()["table"], rngs, kind)
         weight = LowRankArray(base, a, b, None, scale)
         made[address] = LowRankArray(base, a, b, weight.norm().astype(kind), scale) if dora else weight
@@ -151,8 +152,3 @@ def check_finite(address: str, value: Any) -> None:
         known = not isinstance(leaf, Tracer | jax.ShapeDtypeStruct)
         if known and jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
             raise ValueError(f"{address}: holds NaN or infinity; expected finite numbers")
-
-
-def wide(dtype: Any) -> Any:
-    """Return the dtype of adapters and sums: float32, or float64 for float64."""
-    return jnp.dtype("float64" if dtype == jnp.dtype("float64") else "float32")

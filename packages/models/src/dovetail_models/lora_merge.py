@@ -12,7 +12,8 @@ from jax.core import Tracer
 from dovetail_models.adapter import Adapter, Lora, flat_adapter
 from dovetail_models.adapter_slots import check_fit, no_such_weight, with_lora
 from dovetail_models.lazy_model import LazyModel, surgery
-from dovetail_models.lora import adapted, check_finite, division, wide
+from dovetail_models.lazy_parts import computing_dtype
+from dovetail_models.lora import adapted, check_finite, division
 from dovetail_models.state import replaced, variables
 from dovetail_protocols import LowRankArray, QuantizedArray
 from dovetail_weights import Lazy, WeightsError
@@ -81,7 +82,7 @@ class _Sum:
     @classmethod
     def lazily(cls, address: str, base: Lazy, part: Lora, divided: tuple[int, int]) -> Lazy:
         check_fit(address, part, base.shape, divided)
-        dtype = wide(base.dtype)
+        dtype = computing_dtype(base)
         return Lazy(
             base.shape,
             base.dtype,
