@@ -279,6 +279,20 @@ def test_the_command_shows_and_merges(golden: Path, tmp_path: Path, capsys: Any)
     jax.tree.map(np.testing.assert_array_equal, nnx.state(made), nnx.state(expected))
 
 
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"dtype": "float32"}, "--dtype=float32: how a merged"),
+        ({"max_shard_bytes": 10, "overwrite": True}, "--max-shard-bytes=10, --overwrite=True: .*expected --merged"),
+    ],
+)
+def test_how_to_write_what_is_not_written(options: Any, match: str, golden: Path, capsys: Any) -> None:
+    """Whoever gives them expects a model."""
+    with pytest.raises(CommandError, match=match):
+        LoraCommand(str(golden / "adapters/lora"), str(golden / "gqa_llama3"), **options).run()
+    assert not capsys.readouterr().out
+
+
 def test_the_command_leaves_nothing_after_an_error(golden: Path, tmp_path: Path) -> None:
     base, path = golden / "gqa_llama3", golden / "adapters/lora"
     for adapter, model, match in (
