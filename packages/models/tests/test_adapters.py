@@ -244,7 +244,7 @@ def test_adapters_that_do_not_fit(name: str, build: Any) -> None:
             use()
 
 
-def test_other_refusals(build: Any) -> None:
+def test_other_refusals(build: Any, tmp_path: Any, untyped: None) -> None:
     base = build()
     small, large = (adapter_of(base, UP, rank=rank) for rank in (2, 3))
     slots = add_lora(base, UP, rank=2, rngs=nnx.Rngs(0))
@@ -256,6 +256,19 @@ def test_other_refusals(build: Any) -> None:
         with_lora(slots, small)
     with pytest.raises(ValueError, match="Llama has no adapters"):
         lora_of(base)
+    for operate in (
+        lambda: with_lora(lazy(base), small),
+        lambda: swap_lora(lazy(base), small),
+        lambda: lora_of(lazy(base)),
+        lambda: remove_lora(lazy(base)),
+        lambda: merge_lora(lazy(base)),
+        lambda: merge_lora(tmp_path),
+        lambda: add_lora(lazy(base), UP, rank=2, rngs=nnx.Rngs(0)),
+    ):
+        with pytest.raises(
+            TypeError, match=r"the model is (LazyModel|PosixPath); expected a model in memory.*adapter="
+        ):
+            operate()
     with pytest.raises(TypeError, match=r"up is .*expected a nested dict of Lora"):
         stack_lora([{"up": jnp.ones(3)}])
 

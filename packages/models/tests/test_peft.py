@@ -27,6 +27,7 @@ from dovetail_models import (
     with_lora,
 )
 from dovetail_models.adapter import flat_adapter
+from dovetail_models.family import family_of
 from dovetail_models.lora_command import LoraCommand
 from dovetail_protocols import CommandError, paths
 from dovetail_weights import SafetensorsFile, WeightsError, write_directory
@@ -206,6 +207,25 @@ def test_tensors_that_are_refused(name: str, folder: Path, build: Any) -> None:
     changes, match = TENSORS[name]
     with pytest.raises(ValueError, match=match):
         load_lora(rewritten(folder, **changes), build())
+
+
+def test_a_family_of_what_is_no_directory(build: Any, folder: Path, tmp_path: Path) -> None:
+    """An architecture is how a directory is read; a model has one already."""
+    base = build()
+    for model in (base, lazy(base)):
+        with pytest.raises(ValueError, match="family='NoSuch' says how a directory is read, and the model is L"):
+            load_lora(folder, model, family="NoSuch")
+        same(load_lora(folder, model, family=family_of(base)), load_lora(folder, base))
+    with pytest.raises(ConfigError, match="family='NoSuch'; expected one of"):
+        load_lora(folder, save_pretrained(base, tmp_path / "base"), family="NoSuch")
+
+
+def test_a_directory_has_no_adapter_of_its_own(build: Any, tmp_path: Path, untyped: None) -> None:
+    for model in (tmp_path, lazy(build())):
+        with pytest.raises(
+            TypeError, match=r"the model is (PosixPath|LazyModel); expected a model in memory.*adapter="
+        ):
+            save_lora(model, tmp_path / "out")
 
 
 def test_files_that_are_not_there_or_damaged(folder: Path, build: Any, tmp_path: Path) -> None:

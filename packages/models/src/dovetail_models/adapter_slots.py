@@ -10,7 +10,7 @@ from flax import nnx
 from jax.core import Tracer
 
 from dovetail_models.adapter import Adapter, Lora, flat_adapter
-from dovetail_models.lora import adapted, check_finite, division
+from dovetail_models.lora import adapted, check_finite, check_in_memory, division
 from dovetail_models.stack import single_addresses
 from dovetail_models.state import nested, replaced, variables
 from dovetail_protocols import LowRankArray
@@ -28,6 +28,7 @@ def lora_of(model: nnx.Module) -> Adapter:
     """Return the adapter of a model.
 
     Raises:
+        TypeError: it is no model in memory.
         ValueError: it has none.
     """
     weights = adapted(model)
@@ -50,10 +51,12 @@ def with_lora(model: M, adapter: Adapter) -> M:
     Layers of a `Stack` share an array: where they differ, ranks are padded with zeros, and scales become part of `b`.
 
     Raises:
+        TypeError: `model` is a directory or a `LazyModel`.
         ValueError: the adapter has a weight that the model does not have or of another shape, one that has an adapter
             already or can have none, or NaN; or of the layers of a `Stack` that it has, some have magnitudes and others
             none.
     """
+    check_in_memory(model)
     known = variables(model)
     made: dict[str, Any] = {}
     for address, parts in _by_weight(model, known, flat_adapter(adapter)).items():
@@ -89,6 +92,7 @@ def swap_lora(model: M, adapter: Adapter | None) -> M:
         adapter: None for none, which gives what the bases give.
 
     Raises:
+        TypeError: `model` is a directory or a `LazyModel`.
         ValueError: the adapter has a weight that the model's does not have, a larger rank, magnitudes where the model
             has none, a scale where the model's is 0, another shape, or NaN.
 

@@ -21,7 +21,7 @@ from dovetail_protocols import LowRankArray, paths
 
 M = TypeVar("M", bound=nnx.Module)
 
-__all__ = ["LORA", "adapted", "add_lora", "check_finite", "division", "remove_lora"]
+__all__ = ["LORA", "adapted", "add_lora", "check_finite", "check_in_memory", "division", "remove_lora"]
 
 LORA = "**/{a,b,magnitude}"
 """The pattern of what trains of an adapted model; no other parameter of this package has such a name."""
@@ -54,6 +54,7 @@ def add_lora(
 
     Raises:
         PatternError: a pattern matches nothing.
+        TypeError: `model` is a directory or a `LazyModel`.
         ValueError: a parameter that is neither multiplied nor looked up (a norm, a bias), has an adapter already or
             holds NaN; a rank below 1, an alpha that is no positive number, or a dtype that is no float.
 
@@ -63,6 +64,7 @@ def add_lora(
     >>> split(model)[1]["layers"][0]["attention"]["query"].a.shape
     (8, 4)
     """
+    check_in_memory(model)
     known = variables(model)
     chosen = paths.select(nested(dict.fromkeys(known, 0)), patterns)
     alpha = float(rank if alpha is None else alpha)
@@ -118,8 +120,10 @@ def adapted(model: nnx.Module) -> dict[str, LowRankArray]:
     """Return the adapted parameters by address.
 
     Raises:
+        TypeError: it is no model in memory.
         ValueError: there are none.
     """
+    check_in_memory(model)
     found = {address: variable.get_value() for address, variable in variables(model).items()}
     found = {address: value for address, value in found.items() if isinstance(value, LowRankArray)}
     if not found:
@@ -140,6 +144,19 @@ def remove_lora(model: M) -> M:
     True
     """
     return replaced(model, {address: weight.base for address, weight in adapted(model).items()})
+
+
+def check_in_memory(model: Any) -> None:
+    """Check that a model is one in memory.
+
+    Raises:
+        TypeError: it is a directory, a `LazyModel`, or something else.
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"the model is {type(model).__name__}; expected a model in memory, such as from_pretrained(path) or "
+            "LazyModel.build() (merge_lora and save_lora take a directory or a LazyModel, too, together with adapter=)"
+        )
 
 
 def check_finite(address: str, value: Any) -> None:

@@ -33,6 +33,7 @@ def merge_lora(model: Any, adapter: Adapter | None = None) -> Any:
         adapter: to merge into a model that has none.
 
     Raises:
+        TypeError: `model` is a directory or a `LazyModel`, and no adapter is given.
         ValueError: there are no adapters, one fits no weight of the model or a weight of another shape; a base is
             quantized, or a sum is not finite.
         dovetail_weights.WeightsError: a sum is not finite (of a `LazyModel`, when it is read).
