@@ -38,9 +38,10 @@ def load_lora(path: str | os.PathLike[str], model: Any, *, family: Family | str 
 
     Raises:
         ConfigError: the configuration is malformed, or has a field that is not supported (``modules_to_save``, biases).
-        ValueError: a tensor is for no weight of the model, or of another shape or rank than it has; an embedding is
-            adapted apart from the unembedding that is tied to it; or a tensor holds NaN. The message names it. Or
-            `family` is a name, and `model` no directory.
+        ValueError: a tensor is for no weight of the model, or of another shape or rank than it has; the configuration
+            names what the model does not have, or what has no tensors; an embedding is adapted apart from the
+            unembedding that is tied to it; or a tensor holds NaN. The message names it. Or `family` is a name, and
+            `model` no directory.
         dovetail_weights.WeightsError: the file of tensors is damaged.
         FileNotFoundError: there is no such directory or file.
     """
