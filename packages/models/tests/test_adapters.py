@@ -59,11 +59,52 @@ def test_layers_of_a_stack_may_differ(build: Any, small: Any) -> None:
     parts = [adapter_of(single, f"layers/{i}/mlp/up", seed=i, rank=i + 1, alpha=2.0 + i) for i in (0, 2)]
     adapter = {"layers": {0: parts[0]["layers"][0], 2: parts[1]["layers"][2]}}
     np.testing.assert_allclose(out(with_lora(stacked, adapter)), out(with_lora(single, adapter)), atol=1e-5)
-    mixed = {"layers": {0: adapter_of(single, UP, dora=True)["layers"][0], 2: parts[1]["layers"][2]}}
-    with pytest.raises(ValueError, match=r"layers/cycle/0/mlp/up: .*magnitudes"):
-        with_lora(stacked, {"layers": {2: mixed["layers"][0], 0: mixed["layers"][2]}})
-    model = with_lora(stacked, mixed)  # what has no magnitude keeps its norm
-    np.testing.assert_allclose(out(model), out(with_lora(single, mixed)), atol=1e-4)
+    dora = {"layers": {1: adapter_of(single, "layers/1/mlp/up", dora=True)["layers"][1]}}
+    np.testing.assert_allclose(out(with_lora(stacked, dora)), out(with_lora(single, dora)), atol=1e-4)
+
+
+@pytest.mark.parametrize("dora", [0, 1, 2])
+def test_magnitudes_of_some_layers_of_a_stack(dora: int, build: Any, small: Any) -> None:
+    """Whichever layer has one: a magnitude that nobody asked for would train, and come off the model with the rest."""
+    config = dataclasses.replace(small, layers=3)
+    single, stacked = build(config), build(config, scan=True)
+    parts = {i: adapter_of(single, f"layers/{i}/mlp/up", dora=i == dora)["layers"][i] for i in range(3)}
+    others = ", ".join(f"layers/{i}/mlp/up" for i in range(3) if i != dora)
+    with pytest.raises(ValueError, match=f"cycle/0/mlp/up: .*layers/{dora}/mlp/up have magnitudes and {others} have"):
+        with_lora(stacked, {"layers": parts})
+    assert out(with_lora(single, {"layers": parts})).shape
+
+
+def test_the_layer_of_a_stack_that_does_not_fit_is_named(build: Any, small: Any) -> None:
+    """An adapter has no such address as that of the stacked layers."""
+    config = dataclasses.replace(small, layers=3)
+    single, stacked = build(config), build(config, scan=True)
+    slots = add_lora(stacked, "layers/**/mlp/up", rank=2, rngs=nnx.Rngs(0))
+    third = "layers/2/mlp/up"
+    good = adapter_of(single, "layers/*/mlp/up")
+    for bad, match in (
+        (lora(a=jnp.ones((15, 2))), "the adapter does not fit"),
+        (lora(b=jnp.full((2, 32), jnp.inf)), "holds NaN"),
+    ):
+        adapter = {"layers": {**good["layers"], 2: {"mlp": {"up": bad}}}}
+        for use in (with_lora, swap_lora):
+            with pytest.raises(ValueError, match=f"^{third}.*{match}"):
+                use(stacked if use is with_lora else slots, adapter)
+    with pytest.raises(ValueError, match=f"^{third}: the adapter has rank 3"):
+        swap_lora(slots, adapter_of(single, third, rank=3))
+    with pytest.raises(ValueError, match=f"^{third}: the adapter has magnitudes"):
+        swap_lora(slots, adapter_of(single, third, dora=True))
+
+
+def test_slots_of_scale_zero(build: Any) -> None:
+    """They take what does nothing either; nothing in `b` makes up for a scale of 0."""
+    base = build()
+    one = adapter_of(base, UP)
+    slots = with_lora(base, stack_lora([one], [0.0]))
+    with pytest.raises(ValueError, match=f"{UP}: the adapter has scale 1.0, and the model's is 0.*add_lora"):
+        swap_lora(slots, one)
+    for nothing in (None, stack_lora([one], [0.0])):
+        np.testing.assert_array_equal(out(swap_lora(slots, nothing)), out(base))
 
 
 @pytest.mark.parametrize("name", by_default(["qwen3", "mixtral"], ("mixtral",)))
@@ -203,7 +244,7 @@ def test_adapters_that_do_not_fit(name: str, build: Any) -> None:
             use()
 
 
-def test_other_refusals(build: Any) -> None:
+def test_other_refusals(build: Any, tmp_path: Any, untyped: None) -> None:
     base = build()
     small, large = (adapter_of(base, UP, rank=rank) for rank in (2, 3))
     slots = add_lora(base, UP, rank=2, rngs=nnx.Rngs(0))
@@ -215,6 +256,19 @@ def test_other_refusals(build: Any) -> None:
         with_lora(slots, small)
     with pytest.raises(ValueError, match="Llama has no adapters"):
         lora_of(base)
+    for operate in (
+        lambda: with_lora(lazy(base), small),
+        lambda: swap_lora(lazy(base), small),
+        lambda: lora_of(lazy(base)),
+        lambda: remove_lora(lazy(base)),
+        lambda: merge_lora(lazy(base)),
+        lambda: merge_lora(tmp_path),
+        lambda: add_lora(lazy(base), UP, rank=2, rngs=nnx.Rngs(0)),
+    ):
+        with pytest.raises(
+            TypeError, match=r"the model is (LazyModel|PosixPath); expected a model in memory.*adapter="
+        ):
+            operate()
     with pytest.raises(TypeError, match=r"up is .*expected a nested dict of Lora"):
         stack_lora([{"up": jnp.ones(3)}])
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from dovetail_models import (
     with_lora,
 )
 from dovetail_models.adapter import flat_adapter
+from dovetail_models.family import family_of
 from dovetail_models.lora_command import LoraCommand
 from dovetail_protocols import CommandError, paths
 from dovetail_weights import SafetensorsFile, WeightsError, write_directory
@@ -155,6 +157,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         "up_proj='x'; expected a float",
     ),
     "targets of something else": ({"target_modules": [3]}, "target_modules=.*expected a list of names"),
+    "lists of something else": ({"layers_pattern": [3]}, "layers_pattern=.*expected a list of names"),
     "layers of something else": ({"layers_to_transform": ["a"]}, "layers_to_transform=.*expected numbers"),
     "tensors without a target": ({"target_modules": ["q_proj"]}, "there are tensors for it, but adapter_config.json"),
     "tensors of an excluded module": ({"exclude_modules": ["q_proj"]}, "q_proj: there are tensors for it"),
@@ -167,6 +170,37 @@ def test_configurations_that_are_refused(name: str, folder: Path, build: Any) ->
     changes, match = CONFIGS[name]
     with pytest.raises(ValueError, match=match):
         load_lora(edited(folder, **changes), build())
+
+
+NAMES: dict[str, tuple[str, dict[str, Any], str]] = {
+    "a module": ("dense", {"target_modules": ["q_proj", "k_prj"]}, "target_modules.*'k_prj', .* nearest are: k_proj"),
+    "its end": ("dense", {"target_modules": ["attn.q_proj"]}, "'attn.q_proj', .* nearest are: self_attn.q_proj"),
+    "a whole name": (
+        "dense",
+        {"target_modules": ["model.layers.7.mlp.up_proj"]},
+        r"'model.layers.7.mlp.up_proj', .* nearest are: model.layers.0.mlp.up_proj",
+    ),
+    "an expression": ("dense", {"target_modules": r".*\.k_prj"}, r"target_modules='.*k_prj' in .* matches no module"),
+    "a parameter": ("dense", {"target_parameters": ["mlp.experts.down_proj"]}, "target_parameters.*none, there are no"),
+    "one of experts": (
+        "mixtral",
+        {"target_parameters": ["experts.down_proj", "experts.gate_proj"]},
+        "target_parameters.*'experts.gate_proj', .* nearest are: experts.gate_up_proj",
+    ),
+    "experts as modules": ("mixtral", {"target_modules": ["q_proj", "experts"]}, "target_modules.*'experts'"),
+}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_names_that_the_model_does_not_have(name: str, folder: Path, build: Any) -> None:
+    """What was meant would be left out, and nobody told."""
+    model, changes, match = NAMES[name]
+    kind, config = MODELS["mixtral"]
+    base = kind(config, rngs=nnx.Rngs(0)) if model == "mixtral" else build()
+    if model == "mixtral":
+        save_lora(add_lora(base, "layers/*/attention/query", rank=2, rngs=nnx.Rngs(1)), folder, overwrite=True)
+    with pytest.raises(ValueError, match=match):
+        load_lora(edited(folder, **changes), base)
 
 
 def rewritten(folder: Path, **changes: Any) -> Path:
@@ -206,6 +240,123 @@ def test_tensors_that_are_refused(name: str, folder: Path, build: Any) -> None:
     changes, match = TENSORS[name]
     with pytest.raises(ValueError, match=match):
         load_lora(rewritten(folder, **changes), build())
+
+
+def without(folder: Path, part: str) -> Path:
+    """Take the tensors of modules out."""
+    held = SafetensorsFile(folder / "adapter_model.safetensors")
+    return rewritten(folder, **{name: None for name in held if part in name})
+
+
+LACKING: dict[str, tuple[str, str, str]] = {
+    "a layer": ("lora", "layers.1.", r"^7 of 16 modules that .* have no tensors: model\.layers\.1\.\S+, .*whole"),
+    "a module": ("lora", "layers.0.mlp.up", r"^1 of 16 modules .*: model\.layers\.0\.mlp\.up_proj; expected A and B"),
+    "an embedding": ("lora", "embed_tokens", "no tensors: model.embed_tokens;"),
+    "a head": ("lora", "lm_head", "no tensors: lm_head;"),
+    "more than a message shows": ("lora", "layers.", r"^14 of 16 .* and 6 more; expected"),
+    "one that an expression names": (
+        "rslora_patterns",
+        "layers.1.self_attn",
+        r"no tensors: model\.layers\.1\.self_attn\.q_proj;",
+    ),
+    "a fused one": ("fused", "h.1.attn", r"no tensors: transformer\.h\.1\.attn\.c_attn;"),
+    "experts": (
+        "experts",
+        "layers.1.mlp.experts",
+        r"no tensors: model\.layers\.1\.mlp\.experts\.down_proj, model\S+gate_up_proj;",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", LACKING)
+def test_tensors_that_are_missing(name: str, golden: Path, tmp_path: Path) -> None:
+    """What the configuration adapts and the file does not have would stay as the base has it, and nobody told."""
+    adapter, part, match = LACKING[name]
+    base = str(np.load(golden / "adapters" / adapter / "expected.npz")["base"])
+    with pytest.raises(ValueError, match=match):
+        load_lora(without(shutil.copytree(golden / "adapters" / adapter, tmp_path / "a"), part), golden / base)
+
+
+WAYS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "some layers": (
+        "lora",
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": 0},
+        r".*\.0\..*\.(q|up)_proj",
+    ),
+    "of a list": (
+        "lora",
+        {"target_modules": ["q_proj", "up_proj"], "layers_to_transform": [1], "layers_pattern": "layers"},
+        r".*\.1\..*\.(q|up)_proj",
+    ),
+    "whole names in spite of them": (
+        "lora",
+        {"target_modules": ["q_proj", "model.layers.1.self_attn.v_proj"], "layers_to_transform": [0]},
+        r".*\.0\..*\.q_proj|.*\.1\..*\.v_proj",
+    ),
+    "exclusions": (
+        "lora",
+        {"target_modules": ["q_proj", "k_proj", "vision.q_proj"], "exclude_modules": r"vision.*|.*\.1\..*"},
+        r".*\.0\..*\.(q|k)_proj",
+    ),
+    "excluded ends": ("lora", {"exclude_modules": ["up_proj", "lm_head"]}, r".*(?<!up_proj|lm_head)"),
+    "all linear modules": ("lora", {"target_modules": "all-linear"}, r".*layers.*"),
+    "an expression": ("rslora_patterns", {"target_modules": r".*\.0\..*\.(q_proj|up_proj)"}, r".*\.0\..*(q|up)_proj"),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+def test_ways_to_adapt_less(name: str, golden: Path, tmp_path: Path) -> None:
+    """What `peft` would not adapt is not missing, and the rest is."""
+    adapter, changes, chosen = WAYS[name]
+    base = golden / str(np.load(golden / "adapters" / adapter / "expected.npz")["base"])
+    folder = edited(shutil.copytree(golden / "adapters" / adapter, tmp_path / "a"), **changes)
+    held = SafetensorsFile(folder / "adapter_model.safetensors")
+    modules = {name: name.removeprefix("base_model.model.").split(".lora_")[0] for name in held if ".lora_" in name}
+    kept = sorted({module for module in modules.values() if re.fullmatch(chosen, module)})
+    folder = rewritten(folder, **{name: None for name, module in modules.items() if module not in kept})
+    assert len(flat_adapter(load_lora(folder, base))) == len(kept)
+    with pytest.raises(ValueError, match=f"no tensors: {kept[-1]};"):
+        load_lora(without(folder, f"{kept[-1]}."), base)
+
+
+def test_lists_that_layers_are_counted_in(tmp_path: Path) -> None:
+    """Of several numbers in a name `peft` takes the last one, unless the list is named."""
+    kind, config = ENCODERS["t5"]
+    base = kind(config, rngs=nnx.Rngs(0))
+    model = filled(add_lora(base, "layers/*/attention/query", rank=2, rngs=nnx.Rngs(1)))
+    folder = edited(save_lora(model, tmp_path / "out"), target_modules=["q"], layers_to_transform=[0])
+    same(load_lora(folder, base), lora_of(model))
+    with pytest.raises(ValueError, match=r"block.1.layer.0.SelfAttention.q: there are tensors for it"):
+        load_lora(edited(folder, layers_pattern=["block"]), base)
+    assert len(flat_adapter(load_lora(without(folder, "block.1."), base))) == 1
+
+
+def test_heads_that_look_ahead_are_none_of_theirs(tmp_path: Path) -> None:
+    """transformers leaves them out, so that an adapter from there has none for them."""
+    kind, config = MODELS["glm4_moe"]
+    base = kind(config, rngs=nnx.Rngs(0))
+    model = filled(add_lora(base, "layers/*/attention/query", rank=2, rngs=nnx.Rngs(1)))
+    folder = edited(save_lora(model, tmp_path / "out"), target_modules=["q_proj"])
+    same(load_lora(folder, base), lora_of(model))
+
+
+def test_a_family_of_what_is_no_directory(build: Any, folder: Path, tmp_path: Path) -> None:
+    """An architecture is how a directory is read; a model has one already."""
+    base = build()
+    for model in (base, lazy(base)):
+        with pytest.raises(ValueError, match="family='NoSuch' says how a directory is read, and the model is L"):
+            load_lora(folder, model, family="NoSuch")
+        same(load_lora(folder, model, family=family_of(base)), load_lora(folder, base))
+    with pytest.raises(ConfigError, match="family='NoSuch'; expected one of"):
+        load_lora(folder, save_pretrained(base, tmp_path / "base"), family="NoSuch")
+
+
+def test_a_directory_has_no_adapter_of_its_own(build: Any, tmp_path: Path, untyped: None) -> None:
+    for model in (tmp_path, lazy(build())):
+        with pytest.raises(
+            TypeError, match=r"the model is (PosixPath|LazyModel); expected a model in memory.*adapter="
+        ):
+            save_lora(model, tmp_path / "out")
 
 
 def test_files_that_are_not_there_or_damaged(folder: Path, build: Any, tmp_path: Path) -> None:
@@ -277,6 +428,20 @@ def test_the_command_shows_and_merges(golden: Path, tmp_path: Path, capsys: Any)
     expected = merge_lora(base, load_lora(path, base)).build()
     made = from_pretrained(tmp_path / "merged")
     jax.tree.map(np.testing.assert_array_equal, nnx.state(made), nnx.state(expected))
+
+
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"dtype": "float32"}, "--dtype=float32: how a merged"),
+        ({"max_shard_bytes": 10, "overwrite": True}, "--max-shard-bytes=10, --overwrite=True: .*expected --merged"),
+    ],
+)
+def test_how_to_write_what_is_not_written(options: Any, match: str, golden: Path, capsys: Any) -> None:
+    """Whoever gives them expects a model."""
+    with pytest.raises(CommandError, match=match):
+        LoraCommand(str(golden / "adapters/lora"), str(golden / "gqa_llama3"), **options).run()
+    assert not capsys.readouterr().out
 
 
 def test_the_command_leaves_nothing_after_an_error(golden: Path, tmp_path: Path) -> None:

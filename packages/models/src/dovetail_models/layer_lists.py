@@ -13,7 +13,16 @@ from dovetail_models.lazy_model import LazyModel
 from dovetail_models.state import split
 from dovetail_protocols import paths
 
-__all__ = ["Axes", "LayerList", "checked_indices", "facts", "layer_list", "parameter_axes", "with_part"]
+__all__ = [
+    "Axes",
+    "LayerList",
+    "checked_indices",
+    "checked_shapes",
+    "facts",
+    "layer_list",
+    "parameter_axes",
+    "with_part",
+]
 
 ADDRESS = re.compile(r"((?:.+/)?layers)/[0-9]+/.+")
 

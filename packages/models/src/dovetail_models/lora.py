@@ -15,12 +15,13 @@ from flax import nnx
 from jax.core import Tracer
 
 from dovetail_models.layers import leading_axes
+from dovetail_models.lazy_parts import computing_dtype
 from dovetail_models.state import nested, replaced, variables
 from dovetail_protocols import LowRankArray, paths
 
 M = TypeVar("M", bound=nnx.Module)
 
-__all__ = ["LORA", "adapted", "add_lora", "check_finite", "division", "remove_lora", "wide"]
+__all__ = ["LORA", "adapted", "add_lora", "check_finite", "check_in_memory", "division", "remove_lora"]
 
 LORA = "**/{a,b,magnitude}"
 """The pattern of what trains of an adapted model; no other parameter of this package has such a name."""
@@ -53,6 +54,7 @@ def add_lora(
 
     Raises:
         PatternError: a pattern matches nothing.
+        TypeError: `model` is a directory or a `LazyModel`.
         ValueError: a parameter that is neither multiplied nor looked up (a norm, a bias), has an adapter already or
             holds NaN; a rank below 1, an alpha that is no positive number, or a dtype that is no float.
 
@@ -62,6 +64,7 @@ def add_lora(
     >>> split(model)[1]["layers"][0]["attention"]["query"].a.shape
     (8, 4)
     """
+    check_in_memory(model)
     known = variables(model)
     chosen = paths.select(nested(dict.fromkeys(known, 0)), patterns)
     alpha = float(rank if alpha is None else alpha)
@@ -77,7 +80,7 @@ def add_lora(
         leading, inputs = division(address, known[address])
         base = known[address].get_value()
         check_finite(address, base)
-        kind = wide(base.dtype) if dtype is None else jnp.dtype(dtype)
+        kind = computing_dtype(base) if dtype is None else jnp.dtype(dtype)
         a, b = _initial(base.shape, leading, inputs, rank, known[address].get_metadata()["table"], rngs, kind)
         weight = LowRankArray(base, a, b, None, scale)
         made[address] = LowRankArray(base, a, b, weight.norm().astype(kind), scale) if dora else weight
@@ -117,8 +120,10 @@ def adapted(model: nnx.Module) -> dict[str, LowRankArray]:
     """Return the adapted parameters by address.
 
     Raises:
+        TypeError: it is no model in memory.
         ValueError: there are none.
     """
+    check_in_memory(model)
     found = {address: variable.get_value() for address, variable in variables(model).items()}
     found = {address: value for address, value in found.items() if isinstance(value, LowRankArray)}
     if not found:
@@ -141,6 +146,19 @@ def remove_lora(model: M) -> M:
     return replaced(model, {address: weight.base for address, weight in adapted(model).items()})
 
 
+def check_in_memory(model: Any) -> None:
+    """Check that a model is one in memory.
+
+    Raises:
+        TypeError: it is a directory, a `LazyModel`, or something else.
+    """
+    if not isinstance(model, nnx.Module):
+        raise TypeError(
+            f"the model is {type(model).__name__}; expected a model in memory, such as from_pretrained(path) or "
+            "LazyModel.build() (merge_lora and save_lora take a directory or a LazyModel, too, together with adapter=)"
+        )
+
+
 def check_finite(address: str, value: Any) -> None:
     """Check the numbers of an array or of the parts of one, where they are known.
 
@@ -151,8 +169,3 @@ def check_finite(address: str, value: Any) -> None:
         known = not isinstance(leaf, Tracer | jax.ShapeDtypeStruct)
         if known and jnp.issubdtype(leaf.dtype, jnp.floating) and not bool(jnp.isfinite(leaf).all()):
             raise ValueError(f"{address}: holds NaN or infinity; expected finite numbers")
-
-
-def wide(dtype: Any) -> Any:
-    """Return the dtype of adapters and sums: float32, or float64 for float64."""
-    return jnp.dtype("float64" if dtype == jnp.dtype("float64") else "float32")

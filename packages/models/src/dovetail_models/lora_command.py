@@ -31,6 +31,7 @@ class LoraCommand(Writes):
     def run(self) -> None:
         """Print what the adapter is, and write what was asked for."""
         with user_errors():
+            self._check_used()
             from dovetail_models import lazy, load_lora, merge_lora
 
             base = lazy(self.base, family=self.family, revision=self.revision)
@@ -38,6 +39,14 @@ class LoraCommand(Writes):
             print("\n".join(described(adapter)))
             if self.merged is not None:
                 self.write(merge_lora(base, adapter), self.merged)
+
+    def _check_used(self) -> None:
+        pairs = [(field, getattr(self, field.name)) for field in dataclasses.fields(Writes)]
+        given = [f"--{field.name.replace('_', '-')}={value}" for field, value in pairs if value != field.default]
+        if self.merged is None and given:
+            raise ValueError(
+                f"{', '.join(given)}: how a merged model is written; expected --merged, the directory to make, too"
+            )
 
 
 def described(adapter: "Adapter") -> list[str]:

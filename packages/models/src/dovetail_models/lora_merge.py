@@ -12,7 +12,8 @@ from jax.core import Tracer
 from dovetail_models.adapter import Adapter, Lora, flat_adapter
 from dovetail_models.adapter_slots import check_fit, no_such_weight, with_lora
 from dovetail_models.lazy_model import LazyModel, surgery
-from dovetail_models.lora import adapted, check_finite, division, wide
+from dovetail_models.lazy_parts import computing_dtype
+from dovetail_models.lora import adapted, check_finite, division
 from dovetail_models.state import replaced, variables
 from dovetail_protocols import LowRankArray, QuantizedArray
 from dovetail_weights import Lazy, WeightsError
@@ -32,6 +33,7 @@ def merge_lora(model: Any, adapter: Adapter | None = None) -> Any:
         adapter: to merge into a model that has none.
 
     Raises:
+        TypeError: `model` is a directory or a `LazyModel`, and no adapter is given.
         ValueError: there are no adapters, one fits no weight of the model or a weight of another shape; a base is
             quantized, or a sum is not finite.
         dovetail_weights.WeightsError: a sum is not finite (of a `LazyModel`, when it is read).
@@ -81,7 +83,7 @@ class _Sum:
     @classmethod
     def lazily(cls, address: str, base: Lazy, part: Lora, divided: tuple[int, int]) -> Lazy:
         check_fit(address, part, base.shape, divided)
-        dtype = wide(base.dtype)
+        dtype = computing_dtype(base)
         return Lazy(
             base.shape,
             base.dtype,

@@ -34,12 +34,14 @@ def load_lora(path: str | os.PathLike[str], model: Any, *, family: Family | str 
     Args:
         path: holds ``adapter_config.json`` and ``adapter_model.safetensors``.
         model: that it is for: a model, a directory or a `LazyModel`; its values are not read.
-        family: the model's, where it is none of this package's.
+        family: the model's, where it is none of this package's; of a directory also its architecture.
 
     Raises:
         ConfigError: the configuration is malformed, or has a field that is not supported (``modules_to_save``, biases).
-        ValueError: a tensor is for no weight of the model, or of another shape or rank than it has; an embedding is
-            adapted apart from the unembedding that is tied to it; or a tensor holds NaN. The message names it.
+        ValueError: a tensor is for no weight of the model, or of another shape or rank than it has; the configuration
+            names what the model does not have, or what has no tensors; an embedding is adapted apart from the
+            unembedding that is tied to it; or a tensor holds NaN. The message names it. Or `family` is a name, and
+            `model` no directory.
         dovetail_weights.WeightsError: the file of tensors is damaged.
         FileNotFoundError: there is no such directory or file.
     """
@@ -80,6 +82,7 @@ def save_lora(
 
     Raises:
         FileExistsError: `path` exists and `overwrite` is not set.
+        TypeError: `model` is a directory or a `LazyModel`, and no adapter is given.
         ValueError: there is no adapter; a weight that is no linear layer, embedding or parameter of experts there, or
             whose magnitudes `peft` has no place for; only some weights with magnitudes; or NaN. The message names it.
         dovetail_weights.WeightsError: a dtype that cannot be stored.
@@ -100,9 +103,14 @@ def save_lora(
 
 def _kind(model: Any, family: Family | str | None) -> tuple[Family, Any]:
     """Return family and configuration of a model, a directory, or a lazy model."""
-    if isinstance(model, LazyModel):
-        return model.family, model.config
-    if isinstance(model, nnx.Module):
-        return family if isinstance(family, Family) else family_of(model), model.config  # pyright: ignore
-    opened = open_pretrained(model, family)
-    return opened.family, opened.config
+    if not isinstance(model, LazyModel | nnx.Module):
+        opened = open_pretrained(model, family)
+        return opened.family, opened.config
+    if isinstance(family, str):
+        raise ValueError(
+            f"family={family!r} says how a directory is read, and the model is {type(model).__name__}; expected "
+            "family=None, or a Family"
+        )
+    if family is None:
+        family = model.family if isinstance(model, LazyModel) else family_of(model)
+    return family, model.config  # pyright: ignore

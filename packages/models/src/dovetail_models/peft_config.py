@@ -11,7 +11,7 @@ from typing import Any
 from dovetail_models.hf_directory import read_config
 from dovetail_models.hf_fields import ConfigError, field
 
-__all__ = ["CONFIG", "PeftConfig"]
+__all__ = ["CONFIG", "PeftConfig", "named"]
 
 CONFIG = "adapter_config.json"
 
@@ -21,8 +21,8 @@ FIXED = {"peft_type": "LORA", "bias": "none"}
 IGNORED = frozenset(
     [
         *("auto_mapping", "base_model_name_or_path", "corda_config", "eva_config", "fan_in_fan_out", "inference_mode"),
-        *("init_lora_weights", "layers_pattern", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config"),
-        *("megatron_core", "peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"),
+        *("init_lora_weights", "loftq_config", "lora_dropout", "lora_ga_config", "megatron_config", "megatron_core"),
+        *("peft_version", "qalora_group_size", "revision", "runtime_config", "task_type"),
     ]
 )
 """Fields that the adapter's numbers do not depend on once it is trained."""
@@ -45,7 +45,8 @@ class PeftConfig:
         modules: ends of the adapted modules' names, or a regular expression of whole names.
         parameters: ends of names of adapted parameters.
         excluded: as `modules`, those that are not adapted after all.
-        layers: numbers of the layers that are adapted; None for all.
+        layers: numbers of the layers that are adapted, but for modules whose whole name is in `modules`; None for all.
+        lists: regular expressions of the lists' names that `layers` counts in; none for any, the innermost.
         tied: an adapter of the embedding is the tied unembedding's, too.
     """
 
@@ -59,6 +60,7 @@ class PeftConfig:
     parameters: Sequence[str] = ()
     excluded: Sequence[str] | str = ()
     layers: Sequence[int] | None = None
+    lists: Sequence[str] = ()
     tied: bool = False
 
     @classmethod
@@ -83,6 +85,7 @@ class PeftConfig:
             "parameters": _names(values, "target_parameters"),
             "excluded": _names(values, "exclude_modules"),
             "layers": _layers(values),
+            "lists": _lists(values),
             "tied": field(values, "ensure_weight_tying", bool, False),
         }
         _refuse(values)
@@ -100,13 +103,26 @@ class PeftConfig:
         alpha = self.alphas.get(_match(self.alphas, name), self.alpha)
         return alpha / (math.sqrt(rank) if self.rslora else rank)
 
+    @property
+    def all_linear(self) -> bool:
+        """Whether all linear modules are adapted but the one that unembeds."""
+        return self.modules == "all-linear"
+
     def adapts(self, module: str) -> bool:
         """Tell whether a module is one of those that are adapted."""
-        if _named(self.excluded, module):
+        if named(self.excluded, module) or not (self.all_linear or named(self.modules, module)):
             return False
-        number = re.search(r"\.(\d+)\.", module)
-        inside = self.layers is None or isinstance(self.modules, str) or (number and int(number[1]) in self.layers)
-        return bool(inside) and (self.modules == "all-linear" or _named(self.modules, module))
+        whole = isinstance(self.modules, str) or module in self.modules
+        return whole or self.layers is None or self._layer(module) in self.layers
+
+    def adapts_parameter(self, name: str) -> bool:
+        """Tell whether a parameter is one of those that are adapted, which neither layers nor exclusions matter to."""
+        return named(self.parameters, name)
+
+    def _layer(self, module: str) -> int | None:
+        """Return the number of the layer that a module is of."""
+        found = (re.match(rf".*\.{name}\.(?P<number>\d+)\.", module) for name in self.lists or (r"[^.]*",))
+        return next((int(match["number"]) for match in found if match), None)
 
     def write(self, *, base: str | None, task: str | None, swapped: bool) -> str:
         """Return the text of the file.
@@ -144,7 +160,7 @@ def _refuse(values: Mapping[str, Any]) -> None:
         )
     honoured = {
         *("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "target_modules"),
-        *("target_parameters", "exclude_modules", "layers_to_transform", "ensure_weight_tying"),
+        *("target_parameters", "exclude_modules", "layers_to_transform", "layers_pattern", "ensure_weight_tying"),
     }
     for name, value in values.items():
         if name not in honoured | FIXED.keys() | IGNORED and value not in (None, False, [], {}, ""):
@@ -185,11 +201,20 @@ def _layers(values: Mapping[str, Any]) -> Sequence[int] | None:
     return found or None
 
 
+def _lists(values: Mapping[str, Any]) -> Sequence[str]:
+    found = _names(values, "layers_pattern")
+    patterns = (found,) if isinstance(found, str) else found
+    for pattern in patterns:
+        _compiled("layers_pattern", pattern)
+    return patterns
+
+
 def _match(patterns: Mapping[str, Any], name: str) -> str:
     return next((pattern for pattern in patterns if re.match(rf"(.*\.)?({pattern})$", name)), "")
 
 
-def _named(names: Sequence[str] | str, module: str) -> bool:
+def named(names: Sequence[str] | str, module: str) -> bool:
+    """Tell whether a name ends with one of others, or matches a regular expression."""
     if isinstance(names, str):
         return re.fullmatch(names, module) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)

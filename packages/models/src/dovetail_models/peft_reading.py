@@ -2,7 +2,7 @@
 
 import dataclasses
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +11,7 @@ from jaxtyping import Shaped
 
 from dovetail_models.adapter import Lora
 from dovetail_models.peft_config import CONFIG, PeftConfig
+from dovetail_models.peft_coverage import check_complete, check_names
 from dovetail_models.peft_targets import Part, Target
 from dovetail_models.peft_writing import UNTIED, nesting, tied_head
 from dovetail_weights.errors import nearest
@@ -36,21 +37,28 @@ def read_adapter(
     tensors: Mapping[str, Any], config: PeftConfig, targets: Sequence[Target], model_config: Any
 ) -> dict[str, Lora]:
     """Return the adapters by address; see `dovetail_models.load_lora`."""
-    modules = _modules(tensors)
-    heads = {tied_head(target.parts[0].address, model_config) for target in targets}
-    known = {target.module for target in targets} | heads
+    found = _modules(tensors)
+    named = {target.module: tied_head(target.parts[0].address, model_config) for target in targets}
+    heads = {module: head for module, head in named.items() if head is not None}
+    _check_known(found, targets, heads.values())
+    check_names(config, targets, heads.values())
+    modules = _without_head(found, config, targets, model_config)
+    flat: dict[str, Lora] = {}
+    for name, parts in modules.items():
+        target = _target(name, modules, config, targets)
+        flat |= _parts(parts, config, target)
+    check_complete({name.replace(".base_layer", "") for name in found}, config, targets, heads)
+    return flat
+
+
+def _check_known(modules: Collection[str], targets: Sequence[Target], heads: Collection[str]) -> None:
+    if not modules:
+        raise ValueError("the adapter has no tensors; expected some named lora_A and lora_B")
+    known = {target.module for target in targets} | set(heads)
     for name in modules:
         if name.replace(".base_layer", "") not in known:
-            near = nearest(name, [target.module for target in targets])
+            near = nearest(name, sorted(known))
             raise ValueError(f"{name}: the adapter changes it, the model has no such weight; the nearest are: {near}")
-    modules = _without_head(modules, config, targets, model_config)
-    flat: dict[str, Lora] = {}
-    for name, found in modules.items():
-        target = _target(name, modules, config, targets)
-        flat |= _parts(found, config, target)
-    if not flat:
-        raise ValueError("the adapter has no tensors; expected some named lora_A and lora_B")
-    return flat
 
 
 def _modules(tensors: Mapping[str, Any]) -> dict[str, _Tensors]:
@@ -102,7 +110,7 @@ def _target(name: str, modules: Mapping[str, Any], config: PeftConfig, targets: 
         if not config.adapts(bare):
             raise ValueError(f"{bare}: there are tensors for it, but {CONFIG} does not name it in target_modules")
         return here[0]
-    adapted = [t for t in here if any(t.name == p or t.name.endswith(f".{p}") for p in config.parameters)]
+    adapted = [t for t in here if config.adapts_parameter(t.name)]
     nested = sum(other.replace(".base_layer", "") == bare for other in modules)
     if len(adapted) != nested:
         raise ValueError(f"{bare}: {nested} of its parameters have tensors, but target_parameters names {len(adapted)}")
