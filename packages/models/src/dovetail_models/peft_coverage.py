@@ -13,7 +13,10 @@ SHOWN = 8
 
 
 def check_names(config: PeftConfig, targets: Sequence[Target], heads: Collection[str]) -> None:
-    """Check that everything which a configuration names is there.
+    """Check that something which a configuration names is there.
+
+    Lists may have names for other models, too, as those that training programs put together; `check_complete` sees to
+    the rest.
 
     Args:
         config: the adapter's.
@@ -21,7 +24,7 @@ def check_names(config: PeftConfig, targets: Sequence[Target], heads: Collection
         heads: modules that unembed with an embedding.
 
     Raises:
-        ValueError: a name of a module or parameter, or a regular expression, fits none of the model.
+        ValueError: none of the names of modules, or of parameters, fits one of the model, or a regular expression.
     """
     modules = {target.module for target in targets if target.parameter is None} | set(heads)
     parameters = {target.name for target in targets if target.parameter is not None}
@@ -34,14 +37,13 @@ def check_names(config: PeftConfig, targets: Sequence[Target], heads: Collection
 
 
 def _check_entries(field: str, entries: Sequence[str], known: Collection[str]) -> None:
-    for entry in entries:
-        if any(named((entry,), name) for name in known):
-            continue
-        ends = {".".join(name.split(".")[-1 - entry.count(".") :]) for name in known}
-        raise ValueError(
-            f"{field} in {CONFIG} has {entry!r}, with which no name in the model ends; the nearest are: "
-            f"{nearest(entry, sorted(ends))}"
-        )
+    if not entries or any(named((entry,), name) for entry in entries for name in known):
+        return
+    ends = {".".join(name.split(".")[-1 - entries[0].count(".") :]) for name in known}
+    raise ValueError(
+        f"{field} in {CONFIG} is {list(entries)}, with which no name in the model ends; the nearest to "
+        f"{entries[0]!r} are: {nearest(entries[0], sorted(ends))}"
+    )
 
 
 def check_complete(
