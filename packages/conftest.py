@@ -1,14 +1,7 @@
-"""Settings of every package's tests: strict dtypes, eight CPU devices, long counts on demand, examples as tests.
-
-Programs, most of which run once, are compiled quickly; those of child processes, too.
-"""
+"""Settings of every package's tests: strict dtypes, eight CPU devices, long counts on demand, examples as tests."""
 
 import os
 import tempfile
-
-os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
 
 import jax
 import pytest

@@ -58,7 +58,7 @@ class Priced:
 
     def price(self, key, params, cache, batch):
         """FLOPs of a mixed step, or of one step of a decode."""
-        shape = (*key, cache[0][0].shape)
+        shape = (*key, cache.layers[0][0].shape)
         if shape not in self.prices:
             program = functools.partial({"mixed": mixed, "decode": decode}[key[0]], model()[0])
             found = cost(program, params, cache, batch, while_trips=1)

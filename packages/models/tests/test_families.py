@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from model_toys import MODELS, by_default
+from model_toys import FEW, MODELS, by_default
 
 from dovetail_kernels import DenseMixer
 from dovetail_models import (
@@ -45,7 +45,7 @@ WEIGHTS = {
 }
 
 
-@pytest.mark.parametrize("name", by_default(MODELS))
+@pytest.mark.parametrize("name", by_default(MODELS, (*FEW, "mamba2")))
 def test_conformance(name: str) -> None:
     """What every user of models relies on, with plain and with quantized weights."""
     build, config = MODELS[name]
