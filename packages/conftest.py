@@ -1,5 +1,6 @@
 """Settings of every package's tests: strict dtypes, eight CPU devices, long counts on demand, examples as tests."""
 
+import collections
 import os
 import tempfile
 
@@ -20,6 +21,17 @@ SOAK = os.environ.get("DOVETAIL_SOAK") == "1"
 def soak() -> bool:
     """Whether the long counts run (nox -s soak); the default run takes about a tenth."""
     return SOAK
+
+
+def pytest_collection_modifyitems(items):
+    """Leave all but every so manieth case of a thinned test to the long counts."""
+    cases = collections.Counter()
+    for item in items:
+        if thin := item.get_closest_marker("thin"):
+            test = item.nodeid.partition("[")[0]
+            if cases[test] % thin.args[0]:
+                item.add_marker(pytest.mark.soak)
+            cases[test] += 1
 
 
 def pytest_runtest_setup(item):

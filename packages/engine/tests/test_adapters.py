@@ -25,6 +25,7 @@ def adapter(base, patterns, seed, **options):
     return lora_of(merge(definition, paths.update(params, drawn)))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("quantized", [False, True])
 def test_adapters_take_turns_in_one_engine(quantized, make_engine, compilations):
     """Other ranks, scales and weights, and none: nothing is compiled, and each gives the merged model's tokens."""

@@ -32,6 +32,7 @@ SCHEDULES = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_a_schedule_changes_no_token(name, make_engine):
     """A chunk, a neighbour, a page boundary or a recomputation changes what a request is answered."""

@@ -66,6 +66,7 @@ def chosen(tokens):
     return np.asarray(forward()(jnp.asarray(padded)))[:, : len(tokens)]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     "schedule",
     [

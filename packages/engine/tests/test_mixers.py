@@ -67,6 +67,7 @@ def step(cache, q, k, v, spans, pages, newest=0, call=attend, **options):
     return np.split(np.asarray(out[:total]), np.cumsum([b - a for a, b in spans])[:-1]), mixer.cache
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(
     ("lengths", "cut", "grouped", "options", "steps"),
     [

@@ -48,6 +48,7 @@ def test_pieces_are_sequences_of_their_own(lengths):
     assert all(np.isnan(p[jnp.asarray(others)]).all() for p in after.values())
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", ["seven tokens per chunk", "many steps", "preemption amid chunks"])
 def test_a_schedule_changes_no_token(name, make_engine):
     """A state is another request's, misses a token, has one twice, or survives a preemption."""

@@ -214,6 +214,7 @@ def compare(case: Case, implementation: Any, dtype: Any, tolerance: float) -> No
         assert error < tolerance * max(1.0, np.abs(b[finite]).max(initial=0)), f"{name}: {error}"
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("implementation", BOTH, ids=["reference", "small blocks"])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_values_and_gradients(case: Case, implementation: Any) -> None:

@@ -44,6 +44,7 @@ def mask_of(name: str, ids: jax.Array) -> Mask | None:
     }[name]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("mask", ["everything", "causal", "window", "packed", "prefix"])
 @pytest.mark.parametrize("function", [ring_attention, ulysses_attention])
 def test_is_attention_of_the_whole(function: Any, mask: str) -> None:

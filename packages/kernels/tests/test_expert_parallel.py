@@ -51,6 +51,7 @@ CHOICES = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("exchange", ["all_to_all", "ring"])
 @pytest.mark.parametrize("slack", [0.3, 1.25])
 @pytest.mark.parametrize("choice", CHOICES)

@@ -67,6 +67,7 @@ def test_lookups_outside_of_the_table() -> None:
     assert take(adapted(3, 5, 4, leading=1), jnp.array([2])).shape == (1, 5, 4)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("implementation", ["blocked", "reference"])
 @pytest.mark.parametrize("quantized", [False, True])
 @pytest.mark.parametrize("magnitude", [False, True])

@@ -36,6 +36,7 @@ def test_no_segments_is_one_segment_per_row() -> None:
     assert jax.tree.structure(after) == jax.tree.structure(mixer)
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("how", ["plain", "segments", "together", "window", "sinks and soft cap"])
 def test_rows_over_devices(how: str) -> None:
     """A ring gives values and gradients of whole rows, for calls outside of jit, too."""
@@ -79,6 +80,7 @@ def whole(q: Any, k: Any, v: Any, allowed: np.ndarray) -> jax.Array:
     return jnp.einsum("bhts,bshd->bthd", weights, jnp.repeat(v, q.shape[2] // v.shape[2], 2))
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("implementation", ["blocked", "reference"])
 @pytest.mark.parametrize("cut", [False, True], ids=["rows", "segments"])
 @pytest.mark.parametrize("window", [None, 5])

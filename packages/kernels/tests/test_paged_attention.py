@@ -149,6 +149,7 @@ def compare(case: Case, implementation: Any, dtype: Any, tolerance: float) -> No
         assert error < tolerance * max(1.0, np.abs(b[np.isfinite(b)]).max(initial=0)), f"{name}: {error}"
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_values(case: Case) -> None:
     """Serving answers from the wrong pages, or lets another request's NaN in."""
@@ -344,6 +345,7 @@ def test_gradients_of_the_reference() -> None:
         jax.jit(jax.grad(functools.partial(total, "blocked")))(query)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", ["decode", "mixed"])
 def test_composes_with_shardings(name: str) -> None:
     """Heads over devices, by the partitioner and by shard_map, give one device's values without moving the pool."""

@@ -145,6 +145,7 @@ def pulled(kind: Kind, *given: jax.Array) -> Any:
     return jax.grad(objective, places, has_aux=True)(*given)[::-1]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", KINDS.values(), ids=KINDS)
 def test_explicit_axes(kind: Kind) -> None:
     """On a mesh as `jax.make_mesh` makes it, values and gradients are those of one device, divided as operands are."""

@@ -55,6 +55,7 @@ def close(a: Any, b: Any) -> None:
         np.testing.assert_allclose(x, y, atol=2e-5)
 
 
+@pytest.mark.thin(2)
 @each
 def test_a_sequence_may_be_split_anywhere(kind: Kind) -> None:
     """Chunked prefill gives the numbers of one pass, wherever the cut lies, even before or after everything."""
@@ -67,6 +68,7 @@ def test_a_sequence_may_be_split_anywhere(kind: Kind) -> None:
         close((jnp.concatenate([head, tail], axis=1), state), (whole, after))
 
 
+@pytest.mark.thin(2)
 @each
 def test_packed_segments_are_sequences_of_their_own(kind: Kind) -> None:
     """Documents in one row neither see nor change each other; padding is 0 and leaves the state alone, NaN or not."""
@@ -113,6 +115,7 @@ def objective(kind: Kind, ids: jax.Array, *given: jax.Array) -> jax.Array:
     return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.sin(state.astype(out.dtype)))
 
 
+@pytest.mark.thin(2)
 @each
 def test_composes_with_transforms_and_shardings(kind: Kind) -> None:
     """vmap, checkpoint, the partitioner and shard_map give the gradients of a plain call."""

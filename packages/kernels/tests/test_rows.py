@@ -45,6 +45,7 @@ def test_a_forbidden_token(implementation: Any) -> None:
         np.testing.assert_allclose(got[1][1][:, 1:], plain[1][1], atol=1e-6)
 
 
+@pytest.mark.thin(2)
 @BOTH
 @pytest.mark.parametrize("beta", [0.0, 0.5, 1.0])
 def test_teachers_without_a_tail(beta: float, implementation: Any) -> None:

@@ -34,6 +34,7 @@ def logits():
     return [jnp.asarray(x, jnp.float32) for x in (rng.standard_normal((3, 6)), rng.standard_normal((2, 6)) * 1.5)]
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("drawn", [True, False])
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.6, "top_k": 4}])
 def test_the_targets_distribution(drawn, params):

@@ -154,6 +154,7 @@ def compare(case: Case, implementation: Any, dtype: Any, tolerance: float) -> No
         assert error < bound * max(1.0, np.abs(b).max()), f"{name}: {error}"
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("name", "implementation"), RUNS, ids=[name for name, _ in RUNS])
 def test_values_and_gradients(name: str, implementation: Any) -> None:
     """A Mamba layer trains and decodes wrongly if a chunk's decays, carries or resets are off by one token."""

@@ -72,6 +72,7 @@ def narrow(function: Any, *arguments: Any) -> set[str]:
     return {name for name, dtypes in found if name in EXACT and HALF in dtypes}
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", by_default(MODELS))
 def test_of_a_decoder(name: str, objective: Any) -> None:
     """A softmax of 16 bits forgets tokens of long rows; a sum of 16 bits stops growing at 256."""

@@ -131,6 +131,7 @@ def test_every_architecture_of_a_module_has_a_case() -> None:
     assert {FAMILIES[case["architecture"]] for case in CASES.values()} == places
 
 
+@pytest.mark.thin(2)
 @NAMES
 def test_quantized_weights(name: str, golden: Path) -> None:
     """Every contraction and lookup goes through the seam: quantized weights give what their dequantized ones give."""

@@ -153,10 +153,9 @@ def test_initial_values(build: Any) -> None:
 @pytest.mark.parametrize(
     ("name", "dora"),
     [
-        ("gemma2", False),
-        ("mixtral", True),
-        *(pytest.param(name, True, marks=pytest.mark.soak) for name in ("gemma2", "qwen3")),
-        *(pytest.param(name, False, marks=pytest.mark.soak) for name in ("mixtral", "qwen3")),
+        ("gemma2", True),
+        *(pytest.param(name, True, marks=pytest.mark.soak) for name in ("mixtral", "qwen3")),
+        *(pytest.param(name, False, marks=pytest.mark.soak) for name in ("gemma2", "mixtral", "qwen3")),
     ],
 )
 def test_stacked_layers(name: str, dora: bool) -> None:
@@ -258,8 +257,10 @@ def test_no_gradient_of_a_base_is_made(build: Any, objective: Any, small: Any) -
     [
         ("qwen3", {"data": 2, "fsdp": 2, "tensor": 2}, FSDP_TENSOR, False),
         ("gpt2", {"data": 2, "fsdp": 2, "tensor": 2}, FSDP_TENSOR, True),
-        ("mixtral", {"fsdp": 2, "expert": 4}, EXPERT, False),
-        pytest.param("mixtral", {"fsdp": 2, "expert": 4}, EXPERT, True, marks=pytest.mark.soak),
+        *(
+            pytest.param("mixtral", {"fsdp": 2, "expert": 4}, EXPERT, dora, marks=pytest.mark.soak)
+            for dora in (False, True)
+        ),
     ],
 )
 def test_on_a_mesh(name: str, sizes: Any, rules: Any, dora: bool, objective: Any) -> None:

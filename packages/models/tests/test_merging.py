@@ -72,6 +72,7 @@ CASES: dict[str, tuple[Callable[..., np.ndarray], int, dict[str, Any]]] = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("family", by_default(["gpt_oss", "siglip", "phi3"], ("gpt_oss",)))
 def test_parameters_are_the_closed_form(name: str, family: str) -> None:

@@ -60,6 +60,7 @@ def factors(model: Any, base: Any) -> dict[str, tuple[float, float]]:
     return {name: (float(weights[name].reshape(-1)[0]), flat[name]) for name in weights}
 
 
+@pytest.mark.thin(3)
 @pytest.mark.parametrize("name", MODELS)
 def test_every_family(name: str) -> None:
     """A weight of some family that is taken for another kind keeps updates that grow with the width."""

@@ -44,6 +44,7 @@ def same(one: Any, other: Any) -> None:
         np.testing.assert_array_equal(value, second[address], err_msg=address)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("name", GOLDEN)
 def test_adapters_of_peft(name: str, golden: Path, logits: Any, tmp_path: Path) -> None:
     """Logits are those that peft computed: put on, in a loop over layers, merged, and saved again."""

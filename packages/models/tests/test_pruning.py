@@ -91,6 +91,7 @@ def test_experts_that_went_are_never_chosen(name: str, logits: Any, monkeypatch:
     np.testing.assert_allclose(logits(pruned, TOKENS), expected, atol=1e-5)
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize(("operate", "keep"), [(prune_heads, [1]), (prune_hidden, [2, 5, 6])])
 def test_a_directory(operate: Any, keep: list[int], tmp_path: Path) -> None:
     """A checkpoint becomes what the model in memory becomes; fields of config.json are the new ones."""

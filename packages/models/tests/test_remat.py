@@ -53,6 +53,7 @@ def objective(model: Any, tokens: Any = TOKENS) -> Any:
     return loss, params
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("scan", [pytest.param(False, marks=pytest.mark.soak), True])
 @pytest.mark.parametrize("name", POLICIES)
 def test_numbers_stay(name: str, scan: bool) -> None:
@@ -113,6 +114,7 @@ KINDS: dict[str, tuple[Any, Any, tuple[str, ...]]] = {
 }
 
 
+@pytest.mark.thin(2)
 @pytest.mark.parametrize("kind", KINDS)
 def test_names_of_other_layers(kind: str, kept: Any) -> None:
     """The same of layers that do not attend, or to latents."""
