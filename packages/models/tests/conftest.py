@@ -99,3 +99,12 @@ def objective() -> Callable[..., Any]:
         return loss
 
     return of
+
+
+@pytest.fixture
+def folder(build: Any, tmp_path: Path) -> Path:
+    """The directory of an adapter of `build()`'s products."""
+    from test_lora import DENSE, filled
+
+    model = dovetail_models.add_lora(build(), DENSE, rank=2, rngs=nnx.Rngs(1))
+    return dovetail_models.save_lora(filled(model), tmp_path / "adapter")
