@@ -10,12 +10,16 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
-from dovetail_models import ConfigError, from_pretrained, merge, save_pretrained, split
+from dovetail_models import ConfigError, from_pretrained, logical_axes, merge, save_pretrained, split
+from dovetail_models.hf_directory import open_pretrained
 from dovetail_protocols import paths
 from dovetail_protocols.testing import FakeQuantized
 from dovetail_runtime import FSDP
 from dovetail_weights import WeightsError, open_directory, write_directory
+
+GOLDEN = Path(__file__).parent / "golden"
 
 
 @pytest.fixture(scope="module")
@@ -64,6 +68,18 @@ def test_what_is_written(build: Any, tmp_path: Path) -> None:
     assert config["eos_token_id"] == [2, 3]
     assert json.loads((out / "generation_config.json").read_text()) == ids
     assert (out / "tokenizer.json").read_text() == '"tokenizer.json"'
+
+
+@pytest.mark.parametrize("name", [path.parent.name for path in sorted(GOLDEN.glob("*/config.json"))])
+@pytest.mark.parametrize("options", [{}, {"param_dtype": jnp.bfloat16}], ids=["", "bfloat16"])
+def test_a_model_to_fill_is_the_family_s(name: str, options: dict[str, Any]) -> None:
+    """The model without values that a directory is read into has shapes, dtypes and names of axes of a built one."""
+    given = open_pretrained(GOLDEN / name)
+    whole = nnx.eval_shape(lambda: given.family.model(given.config, rngs=nnx.Rngs(0), **options))
+    made = given.module(**options)
+    assert split(made)[0] == split(whole)[0]
+    assert split(made)[1] == split(whole)[1]
+    assert logical_axes(made) == logical_axes(whole)
 
 
 def test_dtypes_on_the_way_in(saved: Path, logits: Any) -> None:

@@ -11,6 +11,7 @@ from flax import nnx
 
 from dovetail_kernels import DenseMixer
 from dovetail_models.family import family_of
+from dovetail_models.layers import without_values
 from dovetail_models.state import merge, split
 from dovetail_protocols import (
     CacheSpec,
@@ -123,16 +124,12 @@ def describe(model: Any, *, time: int | None = None, param_dtype: Any = jnp.floa
     length: int = min(config.max_position, 2048) if time is None else time
     if length < 1:
         raise ValueError(f"time={time}; expected at least 1")
-    module: Any = model if isinstance(model, nnx.Module) else _abstract(config, param_dtype)
+    given = isinstance(model, nnx.Module)
+    module: Any = model if given else without_values(family_of(config).model, config, param_dtype=param_dtype)
     specs = module.cache_specs() if hasattr(module, "cache_specs") else ()
     growing, fixed = (sum(_bytes(spec, module.dtype.itemsize, one) for spec in specs) for one in (True, False))
     image = _image(module) if hasattr(module, "embed_images") else None
     return Description(config, _groups(split(module)[1]), length, _forward(module, length), growing, fixed, image)
-
-
-def _abstract(config: Any, param_dtype: Any) -> Any:
-    build = family_of(config).model
-    return nnx.eval_shape(lambda: build(config, rngs=nnx.Rngs(0), param_dtype=param_dtype))
 
 
 def _groups(params: Any) -> dict[str, ParameterGroup]:

@@ -7,11 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from flax import nnx
-
 from dovetail_models.family import Family, architecture_family, named_family
 from dovetail_models.hf_fields import ConfigError
 from dovetail_models.hub import located
+from dovetail_models.layers import without_values
 from dovetail_models.state import split
 from dovetail_protocols import paths
 from dovetail_weights import Directory, WeightMap, check, open_directory
@@ -39,7 +38,7 @@ class Opened:
 
     def module(self, **options: Any) -> Any:
         """Return the model without values, see `from_pretrained`."""
-        return nnx.eval_shape(lambda: self.family.model(self.config, rngs=nnx.Rngs(0), **options))
+        return without_values(self.family.model, self.config, **options)
 
     @property
     def ignored(self) -> list[str]:

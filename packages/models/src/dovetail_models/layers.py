@@ -44,6 +44,7 @@ __all__ = [
     "leading_axes",
     "logits_dtype",
     "parameter",
+    "without_values",
 ]
 
 PlainActivation: TypeAlias = Literal["gelu", "gelu_tanh", "relu", "silu", "tanh"]
@@ -98,7 +99,17 @@ def parameter(
             looked up, added, or multiplied elementwise. See `dovetail_models.maximal_update`.
         table: its rows are looked up, with `dovetail_kernels.take` alone.
     """
-    return nnx.Param(init(rngs.params(), shape, dtype), axes=axes, inputs=inputs, table=table)
+    value = jnp.zeros(shape, dtype) if isinstance(rngs, _NoValues) else init(rngs.params(), shape, dtype)
+    return nnx.Param(value, axes=axes, inputs=inputs, table=table)
+
+
+class _NoValues(nnx.Rngs):
+    """Random numbers that nobody draws: tracing initial values takes longer than all else of an abstract model."""
+
+
+def without_values(model: Callable[..., Any], config: Any, **options: Any) -> Any:
+    """Return ``model(config, **options)`` with ``jax.ShapeDtypeStruct`` parameters; nothing is computed."""
+    return nnx.eval_shape(lambda: model(config, rngs=_NoValues(0), **options))
 
 
 def leading_axes(axes: tuple[str | None, ...], inputs: int) -> int:

@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 from dovetail_models.family import Family, family_of
 from dovetail_models.hf_directory import open_pretrained
 from dovetail_models.hf_files import FURTHER_FILES, files_like
+from dovetail_models.layers import without_values
 from dovetail_models.lazy_parts import cast, checked
 from dovetail_models.stack import Stack, layer_map
 from dovetail_models.state import check_no_adapters, merge, nested, placements, split
@@ -68,7 +69,7 @@ class LazyModel:
 
     def module(self, **options: Any) -> Any:
         """Return the model without values; `options` are those of `from_pretrained`."""
-        return nnx.eval_shape(lambda: self.family.model(self.config, rngs=nnx.Rngs(0), **options))
+        return without_values(self.family.model, self.config, **options)
 
     def build(
         self,

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from dovetail_models.decoder import Decoder
-from dovetail_models.layers import leading_axes
+from dovetail_models.layers import leading_axes, without_values
 from dovetail_models.stack import Stack
 
 __all__ = ["maximal_update"]
@@ -71,7 +71,7 @@ def maximal_update(model: D, *, base: Any) -> tuple[D, dict[Any, Any]]:
         raise TypeError(f"{type(model).__name__} is no Decoder; muP is there for language models")
     _check(model.config, base)
     build, scan = type(model), isinstance(model.layers, Stack)
-    small = nnx.split(nnx.eval_shape(lambda: build(base, rngs=nnx.Rngs(0), scan=scan)))[1]
+    small = nnx.split(without_values(build, base, scan=scan))[1]
     shapes = {path: variable.get_value().shape for path, variable in nnx.to_flat_state(small)}
     definition, state = nnx.split(model)
     weights, rates = dict[Any, Any](), dict[Any, Any]()

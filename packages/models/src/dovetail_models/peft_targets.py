@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from flax import nnx
 from jaxtyping import Int
 
 from dovetail_models.family import Family
+from dovetail_models.layers import without_values
 from dovetail_models.lora import division
 from dovetail_models.state import variables
 from dovetail_weights import Group, Lazy
@@ -114,7 +114,7 @@ def find_targets(family: Family, config: Any) -> tuple[list[Target], list[str]]:
 
     What has no place of its own in a module of theirs (a convolution, say) has no target.
     """
-    module = nnx.eval_shape(lambda: family.model(config, rngs=nnx.Rngs(0)))
+    module = without_values(family.model, config)
     known = variables(module)
     groups = family.weight_map(config).groups(list(known))
     found: dict[str, Target] = {}
