@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import torch
 import transformers
-from families import FAMILIES
+from families import FAMILIES, in_memory
 
 from dovetail_kernels import DenseMixer, linear_cross_entropy
 from dovetail_models import merge, split
@@ -74,9 +74,8 @@ def widen(model: Any) -> None:
 
 
 def load_theirs(folder: Path) -> Any:
-    return transformers.Gemma3ForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.float32, attn_implementation="eager"
-    ).eval()
+    kind = transformers.Gemma3ForConditionalGeneration
+    return in_memory(kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval())
 
 
 class Batch:

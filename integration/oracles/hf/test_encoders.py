@@ -10,6 +10,7 @@ import pytest
 import torch
 import transformers
 from encoders import ENCODERS, inputs_of, named_arrays, ours_outputs, random_encoder, their_outputs
+from families import in_memory
 
 from dovetail_models import from_pretrained, merge, save_pretrained, split, weight_map
 from dovetail_weights import open_directory, save
@@ -17,7 +18,7 @@ from dovetail_weights import open_directory, save
 
 def load_theirs(architecture: str, folder: Path, **options: Any) -> Any:
     kind = getattr(transformers, architecture)
-    return kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **options).eval()
+    return in_memory(kind.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager", **options).eval())
 
 
 @pytest.mark.parametrize("seed", range(8))
