@@ -9,6 +9,8 @@ from dovetail_data.build import Progress, build_cache
 from dovetail_data.cache import TokenCache
 from dovetail_data.corpus import Corpus, Document, Summary, concatenate, from_documents
 from dovetail_data.explain import Explanation, Piece
+from dovetail_data.mixture import Mixture
+from dovetail_data.packed import Yield
 from dovetail_data.permutation import Permutation
 from dovetail_data.planning import Plan
 from dovetail_data.sources import jsonl, open_corpus, parquet, text_files
@@ -22,6 +24,7 @@ __all__ = [
     "CorpusError",
     "Document",
     "Explanation",
+    "Mixture",
     "Permutation",
     "Piece",
     "Plan",
@@ -30,6 +33,7 @@ __all__ = [
     "TokenCache",
     "TokenSource",
     "TokenView",
+    "Yield",
     "build_cache",
     "concatenate",
     "from_documents",

@@ -1,22 +1,19 @@
 """The endless stream of tokens: epoch after epoch, each with its documents in an order of its own.
 
 Token ``p`` of the stream belongs to epoch ``p // E``, where ``E`` is the number of tokens of the source. Inside epoch
-``e`` the documents stand in the order ``Permutation(n, seed, stream=e)``. Everything is found by division and a binary
-search, so any place costs the same.
+``e`` the documents stand in an order of their own, see `order`. Everything is found by division and a binary search, so
+any place costs the same.
 """
 
-import functools
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from jaxtyping import Int64
 
-from dovetail_data.permutation import Permutation
+from dovetail_data.order import Order
 from dovetail_data.tokens import TokenSource
 
 __all__ = ["Pieces", "Stream"]
-
-_EPOCHS_KEPT = 3  # a batch may straddle two, and threads may be at work on the one before
 
 
 class Pieces(NamedTuple):
@@ -40,16 +37,17 @@ class Stream:
 
     def __init__(self, source: TokenSource, seed: int) -> None:
         self.source = source
-        self.seed = seed
-        self._order = functools.lru_cache(_EPOCHS_KEPT)(self._compute_order)
+        self.order = Order(source, seed)
 
     def pieces(self, start: int, stop: int) -> Pieces:
         """Return the pieces of documents that make up the tokens ``[start, stop)`` of the stream."""
         parts: list[Pieces] = []
         while start < stop:
             epoch, first = divmod(start, self.source.tokens)
-            last = min(first + stop - start, self.source.tokens)
-            parts.append(self._within(epoch, first, last))
+            starts = self.order.starts(epoch)
+            number = int(np.searchsorted(starts, first, side="right")) - 1
+            last = min(first + stop - start, int(starts[number + 1]))
+            parts.append(self._within(epoch, number, first - int(starts[number]), last - int(starts[number])))
             start += last - first
         if not parts:
             return Pieces(*(np.empty(0, np.int64) for _ in Pieces._fields))
@@ -57,8 +55,8 @@ class Stream:
             return parts[0]
         return Pieces(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
 
-    def _within(self, epoch: int, first: int, last: int) -> Pieces:
-        order, ends = self._order(epoch)
+    def _within(self, epoch: int, number: int, first: int, last: int) -> Pieces:
+        order, ends = self.order.block(epoch, number)
         begin = int(np.searchsorted(ends, first, side="right"))
         end = int(np.searchsorted(ends, last, side="left")) + 1
         documents, stops = order[begin:end], ends[begin:end]
@@ -69,9 +67,3 @@ class Stream:
         if not kept.all():
             documents, starts, stops = documents[kept], starts[kept], stops[kept]
         return Pieces(documents, starts, stops, np.full(len(documents), epoch, np.int64))
-
-    def _compute_order(self, epoch: int) -> tuple[Any, Any]:
-        """Return an epoch's documents in order and where each ends."""
-        count = len(self.source)
-        order = Permutation(count, seed=self.seed, stream=epoch)(np.arange(count))
-        return order, np.cumsum(self.source.lengths[order])
