@@ -6,17 +6,19 @@ inside a row. Blocks of rows are permuted, each by a permutation of its own: all
 block of documents (see `order`).
 """
 
+import functools
 import math
 
 import numpy as np
 from jaxtyping import Int, Int64
 
-from dovetail_data.permutation import Permutation
+from dovetail_data.permutation import LookedUp, Permutation
 from dovetail_data.stream import Pieces, Stream
 from dovetail_data.tokens import TokenSource
 
 __all__ = ["CutRows"]
 
+_BLOCKS_KEPT = 4
 _ROW_STREAMS = 2**63  # smaller numbers are those of permutations of documents
 
 
@@ -40,6 +42,7 @@ class CutRows:
         self._stream = Stream(source, seed)
         per_epoch = max(1, (source.tokens - 1) // seq_len)  # whole blocks fit into any number of epochs
         self._block = max(1, per_epoch // self._stream.order.blocks)
+        self._order = functools.lru_cache(_BLOCKS_KEPT)(self._permutation)
 
     @property
     def count(self) -> int | None:
@@ -51,14 +54,16 @@ class CutRows:
         """Rows that it takes to have each token as a target once."""
         return self.source.tokens / self._seq_len
 
-    def pieces(self, rows: Int[np.ndarray, " rows"]) -> list[Pieces]:
+    def pieces(self, rows: Int[np.ndarray, " rows"]) -> Pieces:
         """Return the pieces of some rows, each of T+1 tokens; those past the end have fewer, or none."""
-        return [self._stream.pieces(*self._span(place)) for place in self._places(rows).tolist()]
-
-    def _span(self, row: int) -> tuple[int, int]:
-        """Return the range of the stream that a row covers."""
-        start, stop = row * self._seq_len, (row + 1) * self._seq_len + 1
-        return (start, stop) if self._end is None else (min(start, self._end), min(stop, self._end))
+        starts = self._places(rows) * self._seq_len
+        stops = starts + (self._seq_len + 1)
+        if self._end is not None:
+            starts, stops = np.minimum(starts, self._end), np.minimum(stops, self._end)
+            if starts[-1] == self._end or starts.max() == self._end:
+                there = np.flatnonzero(starts < stops)
+                return self._stream.pieces(starts[there], stops[there]).of_rows(there)
+        return self._stream.pieces(starts, stops)
 
     def _places(self, rows: Int[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]:
         """Return where in the stream some rows stand.
@@ -68,10 +73,13 @@ class CutRows:
         if not self._shuffled:
             return rows
         found = rows.copy()
-        blocks, places = np.divmod(rows, self._block)
-        for block in np.unique(blocks).tolist():
+        blocks = rows // self._block
+        for block in range(int(blocks.min()), int(blocks.max()) + 1):
             if self._end is None or (block + 1) * self._block * self._seq_len < self._end:
                 mine = blocks == block
-                order = Permutation(self._block, seed=self._seed, stream=_ROW_STREAMS + block)
-                found[mine] = block * self._block + order(places[mine])
+                order = self._order(block)
+                found[mine] = block * self._block + order(rows[mine] - block * self._block)
         return found
+
+    def _permutation(self, block: int) -> LookedUp:
+        return LookedUp(Permutation(self._block, seed=self._seed, stream=_ROW_STREAMS + block))

@@ -60,18 +60,14 @@ class Explanation:
 
 
 def explain(
-    sources: Mapping[str, TokenSource], step: int, raw_step: int, of_row: Sequence[int], rows: Sequence[Pieces]
+    sources: Mapping[str, TokenSource], step: int, raw_step: int, of_row: Sequence[int], pieces: Pieces
 ) -> Explanation:
     """Name the documents of each row's pieces; `of_row` is the number of each row's source, -1 for empty rows."""
     known = list(sources.items())
-    named = (_row(*known[number], pieces) for number, pieces in zip(of_row, rows, strict=True))
-    return Explanation(step, raw_step, tuple(named))
-
-
-def _row(name: str, source: TokenSource, pieces: Pieces) -> tuple[Piece, ...]:
-    out: list[Piece] = []
-    column = 0
-    for document, start, stop, epoch in zip(*(array.tolist() for array in pieces), strict=True):
-        out.append(Piece(column, document, start, stop, epoch, source.origin(document), name))
-        column += stop - start
-    return tuple(out)
+    rows: list[list[Piece]] = [[] for _ in of_row]
+    columns = [0] * len(rows)
+    for document, start, stop, epoch, row in zip(*(array.tolist() for array in pieces), strict=True):
+        name, source = known[of_row[row]]
+        rows[row].append(Piece(columns[row], document, start, stop, epoch, source.origin(document), name))
+        columns[row] += stop - start
+    return Explanation(step, raw_step, tuple(map(tuple, rows)))

@@ -13,7 +13,7 @@ from jaxtyping import Int, Int64
 
 from dovetail_data.order import Order
 from dovetail_data.packing import OverLong, Packing, cut_long, pack
-from dovetail_data.permutation import Permutation
+from dovetail_data.permutation import LookedUp, Permutation
 from dovetail_data.stream import Pieces
 from dovetail_data.tokens import TokenSource
 
@@ -84,6 +84,7 @@ class PackedRows:
         self._shuffled = shuffled
         self._order = Order(source, seed)
         self._block = functools.lru_cache(_BLOCKS_KEPT)(self._packed)
+        self._permutation = functools.lru_cache(_BLOCKS_KEPT)(self._permuted)
         self._starts = functools.lru_cache(_BLOCKS_KEPT)(self._block_starts)
         self._sizes = np.zeros(self._order.blocks, np.int64)
         tokens = again = 0
@@ -107,33 +108,37 @@ class PackedRows:
         """Rows of an epoch."""
         return self.summary.rows
 
-    def pieces(self, rows: Int[np.ndarray, " rows"]) -> list[Pieces]:
+    def pieces(self, rows: Int[np.ndarray, " rows"]) -> Pieces:
         """Return the pieces of some rows; those past the end have none."""
-        none = Pieces(*(np.empty(0, np.int64) for _ in Pieces._fields))
-        found = [none] * len(rows)
         epochs, places = np.divmod(rows, self.summary.rows)
-        for epoch in np.unique(epochs).tolist():
-            if self._epochs is None or epoch < self._epochs:
-                mine = np.flatnonzero(epochs == epoch)
-                for at, row in zip(mine.tolist(), self._of_epoch(epoch, places[mine]), strict=True):
-                    found[at] = row
-        return found
+        parts = [
+            self._of_epoch(epoch, places[mine]).of_rows(mine)
+            for epoch in range(int(epochs[0]), int(epochs.max()) + 1)
+            if (self._epochs is None or epoch < self._epochs) and (mine := np.flatnonzero(epochs == epoch)).size
+        ]
+        return Pieces.joined(parts)
 
-    def _of_epoch(self, epoch: int, places: Int64[np.ndarray, " rows"]) -> list[Pieces]:
+    def _of_epoch(self, epoch: int, places: Int64[np.ndarray, " rows"]) -> Pieces:
         blocks, starts = self._starts(epoch)
-        at = np.searchsorted(starts, places, side="right") - 1
-        numbers, inside = blocks[at], places - starts[at]
-        for number in np.unique(numbers).tolist() if self._shuffled else ():
-            stream = _ROWS_OF_BLOCK + epoch * len(blocks) + number
-            order = Permutation(int(self._sizes[number]), seed=self._seed, stream=stream)
-            inside[numbers == number] = order(inside[numbers == number])
-        return [self._row(epoch, *pair) for pair in zip(numbers.tolist(), inside.tolist(), strict=True)]
+        at = starts.searchsorted(places, side="right") - 1
+        parts: list[Pieces] = []
+        for turn in np.unique(at).tolist() if len(blocks) > 1 else [0]:
+            mine = np.flatnonzero(at == turn)
+            parts.append(self._of_block(epoch, int(blocks[turn]), places[mine] - int(starts[turn])).of_rows(mine))
+        return Pieces.joined(parts)
 
-    def _row(self, epoch: int, number: int, row: int) -> Pieces:
+    def _of_block(self, epoch: int, number: int, inside: Int64[np.ndarray, " rows"]) -> Pieces:
         block = self._block(number)
-        part = slice(int(block.bounds[row]), int(block.bounds[row + 1]))
-        epochs = np.full(part.stop - part.start, epoch, np.int64)
-        return Pieces(block.documents[part], block.starts[part], block.stops[part], epochs)
+        inside = self._permutation(epoch, number)(inside) if self._shuffled else inside
+        begins = block.bounds[inside]
+        counts = block.bounds[inside + 1] - begins
+        rows = np.arange(len(inside)).repeat(counts)
+        at = np.arange(len(rows)) + (begins - (counts.cumsum() - counts))[rows]
+        return Pieces(block.documents[at], block.starts[at], block.stops[at], np.full(len(at), epoch), rows)
+
+    def _permuted(self, epoch: int, number: int) -> LookedUp:
+        stream = _ROWS_OF_BLOCK + epoch * len(self._sizes) + number
+        return LookedUp(Permutation(int(self._sizes[number]), seed=self._seed, stream=stream))
 
     def _block_starts(self, epoch: int) -> tuple[Int64[np.ndarray, " blocks"], Int64[np.ndarray, " blocks"]]:
         """Return the blocks of an epoch in order, and the row with which each begins."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
 import xxhash
-from jaxtyping import Int, Int64
+from jaxtyping import Int64, Integer
 
 from dovetail_data.cutting import CutRows
 from dovetail_data.explain import Explanation, explain
@@ -194,8 +194,8 @@ class Plan:
         """
         raw = self._raw(step)
         first = self.schedule.first_row(raw)
-        sources, rows = self._pieces(np.arange(first, first + self.schedule.batch(raw)))
-        return explain(self._sources, operator.index(step), raw, sources.tolist(), rows)
+        sources, pieces = self._pieces(np.arange(first, first + self.schedule.batch(raw)))
+        return explain(self._sources, operator.index(step), raw, sources.tolist(), pieces)
 
     def loader(
         self, *, start_step: int = 0, process_index: int = 0, process_count: int = 1, prefetch: int = 2
@@ -233,30 +233,34 @@ class Plan:
 
     def _rows(self, rows: Int64[np.ndarray, " rows"]) -> "dovetail_protocols.LMBatch":
         sources, pieces = self._pieces(rows)
-        tokens = self._tokens(sources, pieces)
-        restart = self.positions == "restart"
-        return assemble(tokens, pieces, seq_len=self.seq_len, restart=restart, across=self.across_documents)
+        return assemble(
+            self._tokens(sources, pieces),
+            pieces,
+            len(rows),
+            seq_len=self.seq_len,
+            restart=self.positions == "restart",
+            across=self.across_documents,
+        )
 
-    def _pieces(self, rows: Int64[np.ndarray, " rows"]) -> tuple[Int64[np.ndarray, " rows"], list[Pieces]]:
-        """Return the source of each row, -1 past the end, and its pieces."""
+    def _pieces(self, rows: Int64[np.ndarray, " rows"]) -> tuple[Int64[np.ndarray, " rows"], Pieces]:
+        """Return the source of each row, -1 past the end, and the pieces of all."""
         if self._timeline is None:
             return np.zeros(len(rows), np.int64), self._layouts[0].pieces(rows)
         sources, ordinals = self._timeline.find(rows)
-        found = [_NOTHING] * len(rows)
+        parts: list[Pieces] = []
         for number in np.unique(sources[sources >= 0]).tolist():
             mine = np.flatnonzero(sources == number)
-            for at, pieces in zip(mine.tolist(), self._layouts[number].pieces(ordinals[mine]), strict=True):
-                found[at] = pieces
-        return sources, found
+            parts.append(self._layouts[number].pieces(ordinals[mine]).of_rows(mine))
+        return sources, Pieces.joined(parts)
 
-    def _tokens(self, sources: Int64[np.ndarray, " rows"], rows: list[Pieces]) -> Int[np.ndarray, " tokens"]:
-        """Return the tokens of all rows, one row after the other."""
-        documents, starts, stops, _ = (np.concatenate(parts) for parts in zip(*rows, strict=True))
+    def _tokens(self, sources: Int64[np.ndarray, " rows"], pieces: Pieces) -> Integer[np.ndarray, " tokens"]:
+        """Return the tokens of all pieces, one after the other."""
+        documents, starts, stops = pieces[:3]
         every = list(self._sources.values())
         if len(every) == 1:
-            return every[0].gather(documents, starts, stops).astype(np.int32)
-        owners = np.repeat(sources, [len(row.documents) for row in rows])
-        of_token = np.repeat(owners, stops - starts)
+            return every[0].gather(documents, starts, stops)
+        owners = sources[pieces.rows]
+        of_token = owners.repeat(stops - starts)
         tokens = np.empty(len(of_token), np.int32)
         for number in np.unique(owners).tolist():
             mine = owners == number
@@ -290,9 +294,6 @@ class Plan:
                 stages.pop()  # two starts fall into one row
             stages.append((row, turns))
         return Timeline(stages, [layout.count for layout in self._layouts], stop=mixture.on_exhausted == "stop")
-
-
-_NOTHING = Pieces(*(np.empty(0, np.int64) for _ in Pieces._fields))
 
 
 def _described(mixture: Mixture) -> str:

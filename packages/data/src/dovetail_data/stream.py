@@ -5,10 +5,11 @@ Token ``p`` of the stream belongs to epoch ``p // E``, where ``E`` is the number
 any place costs the same.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
-from jaxtyping import Int64
+from jaxtyping import Int, Int64
 
 from dovetail_data.order import Order
 from dovetail_data.tokens import TokenSource
@@ -17,19 +18,35 @@ __all__ = ["Pieces", "Stream"]
 
 
 class Pieces(NamedTuple):
-    """Consecutive pieces of documents.
+    """Pieces of documents that some rows are made of, row after row.
 
     Attributes:
         documents: their numbers in the source.
         starts: the first token of each piece in its document.
         stops: one more than the last.
         epochs: the epoch of each piece.
+        rows: the row of each piece, counted from 0 among those that were asked for.
     """
 
     documents: Int64[np.ndarray, " pieces"]
     starts: Int64[np.ndarray, " pieces"]
     stops: Int64[np.ndarray, " pieces"]
     epochs: Int64[np.ndarray, " pieces"]
+    rows: Int64[np.ndarray, " pieces"]
+
+    @staticmethod
+    def joined(parts: "Sequence[Pieces]") -> "Pieces":
+        """Return the pieces of all parts, row after row; what is of one row stays in its order."""
+        if len(parts) == 1:
+            return parts[0]
+        none = [np.empty(0, np.int64)] * len(Pieces._fields)
+        whole = [np.concatenate(arrays) for arrays in zip(*parts, strict=True)] if parts else none
+        order = np.argsort(whole[-1], kind="stable")
+        return Pieces(*(array[order] for array in whole))
+
+    def of_rows(self, rows: Int[np.ndarray, " rows"]) -> "Pieces":
+        """Return the same pieces with other numbers of rows."""
+        return self._replace(rows=rows[self.rows])
 
 
 class Stream:
@@ -39,31 +56,38 @@ class Stream:
         self.source = source
         self.order = Order(source, seed)
 
-    def pieces(self, start: int, stop: int) -> Pieces:
-        """Return the pieces of documents that make up the tokens ``[start, stop)`` of the stream."""
+    def pieces(self, starts: Int64[np.ndarray, " rows"], stops: Int64[np.ndarray, " rows"]) -> Pieces:
+        """Return the pieces of documents that make up rows of the tokens ``[start, stop)`` of the stream."""
         parts: list[Pieces] = []
-        while start < stop:
-            epoch, first = divmod(start, self.source.tokens)
-            starts = self.order.starts(epoch)
-            number = int(np.searchsorted(starts, first, side="right")) - 1
-            last = min(first + stop - start, int(starts[number + 1]))
-            parts.append(self._within(epoch, number, first - int(starts[number]), last - int(starts[number])))
-            start += last - first
-        if not parts:
-            return Pieces(*(np.empty(0, np.int64) for _ in Pieces._fields))
-        if len(parts) == 1:
-            return parts[0]
-        return Pieces(*(np.concatenate(arrays) for arrays in zip(*parts, strict=True)))
+        rows = np.arange(len(starts))
+        while len(rows):
+            epoch = int(starts[0]) // self.source.tokens
+            bounds = self.order.starts(epoch)
+            zero = epoch * self.source.tokens
+            number = int(np.searchsorted(bounds, starts[0] - zero, side="right")) - 1
+            begin, end = zero + int(bounds[number]), zero + int(bounds[number + 1])
+            here = (starts >= begin) & (starts < end)  # the rows that begin in this block, and what is over of them
+            block = self._within(epoch, number, starts[here] - begin, np.minimum(stops[here], end) - begin)
+            parts.append(block.of_rows(rows[here]))
+            if here.all() and stops.max() <= end:
+                break
+            starts = np.where(here, np.minimum(stops, end), starts)
+            rows, starts, stops = (array[starts < stops] for array in (rows, starts, stops))
+        return Pieces.joined(parts)
 
-    def _within(self, epoch: int, number: int, first: int, last: int) -> Pieces:
+    def _within(
+        self, epoch: int, number: int, firsts: Int64[np.ndarray, " rows"], lasts: Int64[np.ndarray, " rows"]
+    ) -> Pieces:
+        """Return the pieces of rows that lie in one block."""
         order, ends = self.order.block(epoch, number)
-        begin = int(np.searchsorted(ends, first, side="right"))
-        end = int(np.searchsorted(ends, last, side="left")) + 1
-        documents, stops = order[begin:end], ends[begin:end]
+        begins = ends.searchsorted(firsts, side="right")
+        counts = ends.searchsorted(lasts, side="left") + 1 - begins
+        rows = np.arange(len(firsts)).repeat(counts)
+        places = np.arange(len(rows)) + (begins - (counts.cumsum() - counts))[rows]
+        documents, stops = order[places], ends[places]
         heads = stops - self.source.lengths[documents]
-        starts = np.maximum(first - heads, 0)
-        stops = np.minimum(stops, last) - heads
+        starts = np.maximum(firsts[rows] - heads, 0)
+        stops = np.minimum(stops, lasts[rows]) - heads
+        found = Pieces(documents, starts, stops, np.full(len(rows), epoch), rows)
         kept = stops > starts  # a source may hold documents without tokens
-        if not kept.all():
-            documents, starts, stops = documents[kept], starts[kept], stops[kept]
-        return Pieces(documents, starts, stops, np.full(len(documents), epoch, np.int64))
+        return found if kept.all() else Pieces(*(array[kept] for array in found))
