@@ -2,8 +2,8 @@
 
 Both read one file of uint16 tokens, shuffle its documents, pack them into rows and make batches, for a whole epoch in
 one process. Grain reads ahead with no threads, its fastest setting for local data by far. What a turn must agree on is
-how many tokens the rows hold and the sum of their ids; Grain drops the rows that fill no batch. Ours makes inputs, targets,
-weights, positions and segments, Grain tokens, positions and segments.
+how many tokens the rows hold and the sum of their ids; Grain drops the rows that fill no batch. Ours makes inputs,
+targets, weights, positions and segments, Grain tokens, positions and segments.
 """
 
 import random
