@@ -5,6 +5,7 @@ Importing this package imports NumPy and xxhash; Grain and jax are imported by w
 """
 
 from dovetail_data._errors import CacheError, CorpusError
+from dovetail_data.bounds import WithBos, WithoutEos
 from dovetail_data.build import Progress, build_cache
 from dovetail_data.cache import TokenCache
 from dovetail_data.corpus import Corpus, Document, Summary, concatenate, from_documents
@@ -37,6 +38,8 @@ __all__ = [
     "TokenCache",
     "TokenSource",
     "TokenView",
+    "WithBos",
+    "WithoutEos",
     "Yield",
     "build_cache",
     "concatenate",
