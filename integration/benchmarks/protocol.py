@@ -5,6 +5,7 @@ A benchmark file defines `BENCHMARK` and, for each contestant, a class of the na
     class JaxMatmul:
         def __init__(self, config): ...    # build, compile and warm up; `config` is the case's
         name = "jax 0.12.0"                # optional: what the results call it, versions included
+        clock = time.perf_counter          # optional: what tells the seconds; `time.process_time` for CPU-seconds
         def run(self): ...                 # one timed iteration; returns when its results are there
         def checksum(self): ...            # what the other must agree with: floats, or what the case's agreement takes
         def memory(self): ...              # optional: MB; by default the anonymous memory of the process

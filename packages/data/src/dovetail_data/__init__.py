@@ -5,14 +5,19 @@ Importing this package imports NumPy and xxhash; Grain and jax are imported by w
 """
 
 from dovetail_data._errors import CacheError, CorpusError
+from dovetail_data.bounds import WithBos, WithoutEos
 from dovetail_data.build import Progress, build_cache
 from dovetail_data.cache import TokenCache
 from dovetail_data.corpus import Corpus, Document, Summary, concatenate, from_documents
 from dovetail_data.explain import Explanation, Piece
+from dovetail_data.megatron import MegatronTokens, write_megatron
+from dovetail_data.mixture import Mixture
+from dovetail_data.packed import Yield
 from dovetail_data.permutation import Permutation
 from dovetail_data.planning import Plan
 from dovetail_data.sources import jsonl, open_corpus, parquet, text_files
 from dovetail_data.stdlib import python_corpus
+from dovetail_data.token_files import FileTokens
 from dovetail_data.tokens import TokenSource, TokenView
 from dovetail_data.unigram import token_counts, unigram_bits_per_byte
 
@@ -22,6 +27,9 @@ __all__ = [
     "CorpusError",
     "Document",
     "Explanation",
+    "FileTokens",
+    "MegatronTokens",
+    "Mixture",
     "Permutation",
     "Piece",
     "Plan",
@@ -30,6 +38,9 @@ __all__ = [
     "TokenCache",
     "TokenSource",
     "TokenView",
+    "WithBos",
+    "WithoutEos",
+    "Yield",
     "build_cache",
     "concatenate",
     "from_documents",
@@ -40,4 +51,5 @@ __all__ = [
     "text_files",
     "token_counts",
     "unigram_bits_per_byte",
+    "write_megatron",
 ]

@@ -6,16 +6,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtyping import Int, Int64, UInt
+from jaxtyping import Int64
 
 from dovetail_data._errors import CacheError
 from dovetail_data.layout import Manifest, Verify, problems, read_json_list
-from dovetail_data.tokens import TokenSource, check_pieces, document_index
+from dovetail_data.mapped import MappedTokens
+from dovetail_data.tokens import document_index
 
 __all__ = ["TokenCache"]
 
 
-class TokenCache(TokenSource):
+class TokenCache(MappedTokens):
     """All documents of a cache; `open` opens one, `build_cache` makes one.
 
     Attributes:
@@ -26,12 +27,10 @@ class TokenCache(TokenSource):
     def __init__(self, directory: Path, manifest: Manifest) -> None:
         self.directory = directory
         self.manifest = manifest
-        self._lengths = self._read("lengths")
         self._byte_lengths = self._read("bytes")
-        self._maps = [np.asarray(np.memmap(s.path(directory, "tokens"), manifest.dtype, "r")) for s in manifest.shards]
-        counts = [shard.tokens for shard in manifest.shards]
-        self._shard_starts = np.concatenate(([0], np.cumsum(counts, dtype=np.int64)))[:-1]
-        self._starts = np.cumsum(self._lengths) - self._lengths
+        paths = [shard.path(directory, "tokens") for shard in manifest.shards]
+        maps = [np.asarray(np.memmap(path, manifest.dtype, "r")) for path in paths]
+        super().__init__(maps, self._read("lengths"), manifest.dtype)
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str], *, verify: Verify = "sizes") -> "TokenCache":
@@ -74,33 +73,9 @@ class TokenCache(TokenSource):
         return self.manifest.eos_id
 
     @property
-    def lengths(self) -> Int64[np.ndarray, " documents"]:
-        """Tokens per document, the end token included."""
-        return self._lengths
-
-    @property
     def byte_lengths(self) -> Int64[np.ndarray, " documents"]:
         """UTF-8 bytes of text per document."""
         return self._byte_lengths
-
-    def gather(
-        self,
-        documents: Int[np.ndarray, " pieces"],
-        starts: Int[np.ndarray, " pieces"],
-        stops: Int[np.ndarray, " pieces"],
-    ) -> UInt[np.ndarray, " tokens"]:
-        """Return the tokens ``[start, stop)`` of each document, one piece after the other (see `TokenSource`)."""
-        check_pieces(documents, starts, stops, self._lengths)
-        begin = self._starts[documents]
-        shards = np.searchsorted(self._shard_starts, begin, side="right") - 1
-        begin = begin - self._shard_starts[shards] + starts
-        sizes = np.asarray(stops) - starts
-        out = np.empty(int(sizes.sum()), self.manifest.dtype)
-        at = 0
-        for shard, first, size in zip(shards.tolist(), begin.tolist(), sizes.tolist(), strict=True):
-            out[at : at + size] = self._maps[shard][first : first + size]
-            at += size
-        return out
 
     def origin(self, document: int) -> str:
         """Return the id that the corpus gave to a document."""

@@ -1,7 +1,7 @@
 """Where the tokens of a batch come from."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dovetail_data.stream import Pieces
 from dovetail_data.tokens import TokenSource
@@ -20,6 +20,7 @@ class Piece:
         stop: one more than the last.
         epoch: the epoch that the document is read in, from 0.
         origin: the id that the corpus gave to the document.
+        source: the source's name in a mixture, else ''.
     """
 
     column: int
@@ -28,10 +29,12 @@ class Piece:
     stop: int
     epoch: int
     origin: str
+    source: str = ""
 
     def __str__(self) -> str:
         where = f"columns {self.column}-{self.column + self.stop - self.start - 1}"
-        return f"{where}: document {self.document} tokens {self.start}-{self.stop - 1} epoch {self.epoch} {self.origin}"
+        which = f"{self.source} document {self.document}" if self.source else f"document {self.document}"
+        return f"{where}: {which} tokens {self.start}-{self.stop - 1} epoch {self.epoch} {self.origin}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +59,15 @@ class Explanation:
         return "\n".join(lines)
 
 
-def explain(source: TokenSource, step: int, raw_step: int, rows: Sequence[Pieces]) -> Explanation:
-    """Name the documents of each row's pieces."""
-    return Explanation(step, raw_step, tuple(_row(source, pieces) for pieces in rows))
-
-
-def _row(source: TokenSource, pieces: Pieces) -> tuple[Piece, ...]:
-    out: list[Piece] = []
-    column = 0
-    for document, start, stop, epoch in zip(*(array.tolist() for array in pieces), strict=True):
-        out.append(Piece(column, document, start, stop, epoch, source.origin(document)))
-        column += stop - start
-    return tuple(out)
+def explain(
+    sources: Mapping[str, TokenSource], step: int, raw_step: int, of_row: Sequence[int], pieces: Pieces
+) -> Explanation:
+    """Name the documents of each row's pieces; `of_row` is the number of each row's source, -1 for empty rows."""
+    known = list(sources.items())
+    rows: list[list[Piece]] = [[] for _ in of_row]
+    columns = [0] * len(rows)
+    for document, start, stop, epoch, row in zip(*(array.tolist() for array in pieces), strict=True):
+        name, source = known[of_row[row]]
+        rows[row].append(Piece(columns[row], document, start, stop, epoch, source.origin(document), name))
+        columns[row] += stop - start
+    return Explanation(step, raw_step, tuple(map(tuple, rows)))

@@ -13,6 +13,7 @@ A cache is a directory of shards and one manifest. Everything is little-endian a
 import dataclasses
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -21,7 +22,17 @@ import xxhash
 
 from dovetail_data._errors import CacheError
 
-__all__ = ["Manifest", "Shard", "Verify", "digest_of", "problems", "read_json", "write_file", "write_json"]
+__all__ = [
+    "Manifest",
+    "Shard",
+    "Verify",
+    "digest_of",
+    "problems",
+    "read_json",
+    "write_file",
+    "write_json",
+    "write_whole",
+]
 
 Verify: TypeAlias = Literal["sizes", "full", "off"]
 FORMAT = "dovetail-token-cache"
@@ -198,6 +209,20 @@ def write_file(path: Path, data: "bytes | np.ndarray") -> tuple[str, int, str]:
         stream.flush()
         os.fsync(stream.fileno())
     return path.name, view.nbytes, xxhash.xxh3_128_hexdigest(view)
+
+
+def write_whole(path: Path, blocks: "Iterable[np.ndarray]") -> None:
+    """Write arrays one after the other so that the file appears in whole or not at all."""
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with partial.open("wb") as stream:
+            for block in blocks:
+                stream.write(np.ascontiguousarray(block).view(np.uint8).data)
+            stream.flush()
+            os.fsync(stream.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def read_json_list(path: Path, count: int) -> list[Any]:

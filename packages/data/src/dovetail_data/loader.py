@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import grain
 
 from dovetail_data.planning import Plan
-from dovetail_data.skips import fields, parse
+from dovetail_data.resuming import differences
 
 if TYPE_CHECKING:
     import dovetail_protocols
@@ -39,8 +39,8 @@ class PlanDataset(grain.IterDataset[Any]):
         self.process_index = operator.index(process_index)
         self.process_count = operator.index(process_count)
         self.ahead = operator.index(prefetch)
-        if self.process_count < 1 or plan.batch % self.process_count:
-            raise ValueError(f"process_count={process_count}; expected a divisor of the batch of {plan.batch} rows")
+        if self.process_count < 1 or any(rows % self.process_count for _, rows in plan.schedule.stages):
+            raise ValueError(f"process_count={process_count}; expected a divisor of the batch of {plan.schedule} rows")
         if not 0 <= self.process_index < self.process_count:
             raise ValueError(f"process_index={process_index}; expected 0 to {self.process_count - 1}")
         if self.ahead < 0:
@@ -48,7 +48,7 @@ class PlanDataset(grain.IterDataset[Any]):
 
     def rows_at(self, step: int) -> "dovetail_protocols.LMBatch":
         """Return this process's rows of a step."""
-        share = self.plan.batch // self.process_count
+        share = self.plan.batch_at(step) // self.process_count
         return self.plan.rows_at(step, self.process_index * share, (self.process_index + 1) * share)
 
     def __iter__(self) -> "PlanIterator":
@@ -146,19 +146,9 @@ def checked_step(state: Mapping[str, Any], plan: Plan) -> int:
     """
     if not isinstance(state, Mapping) or set(state) != {"step", "fingerprint"}:
         raise ValueError(f"the loader state is {state!r:.200}; expected {{'step': ..., 'fingerprint': ...}}")
-    saved, present = fields(str(state["fingerprint"])), fields(plan.fingerprint)
-    names = [name for name in {**saved, **present} if name != "skip" and saved.get(name) != present.get(name)]
-    if names:
-        listed = ", ".join(f"{name} is {saved.get(name)} there and {present.get(name)} here" for name in names)
-        raise ValueError(f"the loader state belongs to another plan: {listed}")
     step = _position("step", state["step"], plan)
-    skips = parse(saved["skip"])
-    reached = skips.raw(step - 1) + 1 if step else 0
-    if skips.before(reached) != plan.skips.before(reached):
-        raise ValueError(
-            f"the loader state left out the steps {skips} and this plan leaves out {plan.skips}; "
-            f"ranges that begin before step {reached} must be the same"
-        )
+    if found := differences(str(state["fingerprint"]), plan, step):
+        raise ValueError(f"the loader state belongs to another plan: {'; '.join(found)}")
     return step
 
 

@@ -5,6 +5,7 @@ is below n (M. Luby and C. Rackoff, 1988; J. Black and P. Rogaway, 2002). The ro
 MurmurHash3; the keys are XXH3-64 digests of (seed, stream, round), so the order depends on nothing but these.
 """
 
+import functools
 import operator
 import struct
 
@@ -12,9 +13,10 @@ import numpy as np
 import xxhash
 from jaxtyping import Int, Int64, UInt64
 
-__all__ = ["Permutation"]
+__all__ = ["LookedUp", "Permutation"]
 
 _ROUNDS = 6
+_PAGE, _PAGES_KEPT = 4096, 4
 _LEAST_HALF = 3  # bits; a smaller network does not reach the orders of 3 or 4 elements equally often
 _FIRST, _SECOND = np.uint64(0xFF51AFD7ED558CCD), np.uint64(0xC4CEB9FE1A85EC53)
 _SHIFT = np.uint64(33)
@@ -63,6 +65,29 @@ class Permutation:
         for key in self._keys:
             left, right = right, left ^ (_mix(right ^ key) & self._mask)
         return (left << self._half) | right
+
+
+class LookedUp:
+    """A permutation that is asked for a few neighbours at a time: it makes 4096 at once and keeps the last ones."""
+
+    def __init__(self, permutation: Permutation) -> None:
+        self._permutation = permutation
+        self._page = functools.lru_cache(_PAGES_KEPT)(self._made)
+
+    def __call__(self, indices: Int[np.ndarray, " indices"]) -> Int64[np.ndarray, " indices"]:
+        """Return where indices go (see `Permutation`); they must not be empty."""
+        first, last = int(indices.min()) // _PAGE, int(indices.max()) // _PAGE
+        if first == last:
+            return self._page(first)[indices - first * _PAGE]
+        out = np.empty(len(indices), np.int64)
+        pages = indices // _PAGE
+        for page in np.unique(pages).tolist():
+            mine = pages == page
+            out[mine] = self._page(page)[indices[mine] - page * _PAGE]
+        return out
+
+    def _made(self, page: int) -> Int64[np.ndarray, " indices"]:
+        return self._permutation(np.arange(page * _PAGE, min((page + 1) * _PAGE, self._permutation.size)))
 
 
 def _mix(x: UInt64[np.ndarray, " n"]) -> UInt64[np.ndarray, " n"]:

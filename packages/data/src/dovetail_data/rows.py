@@ -1,10 +1,9 @@
 """Puts pieces of documents into rows: tokens, segments and positions, without a loop over documents."""
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from jaxtyping import Int, Shaped
+from jaxtyping import Int, Integer, Shaped
 
 from dovetail_data.stream import Pieces
 
@@ -15,42 +14,57 @@ __all__ = ["assemble"]
 
 
 def assemble(
-    tokens: Int[np.ndarray, " tokens"], rows: Sequence[Pieces], *, seq_len: int, restart: bool, across: bool
+    tokens: Integer[np.ndarray, " tokens"], pieces: Pieces, count: int, *, seq_len: int, restart: bool, across: bool
 ) -> "dovetail_protocols.LMBatch":
     """Make a batch of rows of at most `seq_len` + 1 tokens, padding what is missing at their ends.
 
+    It is what `dovetail_protocols.split_rows` makes of whole rows.
+
     Args:
         tokens: those of all rows, one row after the other.
-        rows: the pieces of documents that each row is made of.
+        pieces: what the rows are made of.
+        count: the number of rows.
         seq_len: T.
         restart: whether positions restart at each row (see `Plan`).
         across: whether the first token of a document is a target.
     """
-    from dovetail_protocols import split_rows  # imports jax on use, which a tokenizing process has no use for
+    from dovetail_protocols import LMBatch  # imports jax on use, which a tokenizing process has no use for
 
-    sizes = [row.stops - row.starts for row in rows]
-    lengths = np.array([row.sum() for row in sizes])
-    numbers = [np.arange(1, len(row) + 1, dtype=np.int32) for row in sizes]  # segments
-    zeros = [np.cumsum(row) - row for row in sizes]  # the column in which a piece, or its document, begins
-    if not restart:
-        zeros = [first - row.starts for first, row in zip(zeros, rows, strict=True)]
-    repeats = np.concatenate(sizes)
-    segments = _rows(np.repeat(np.concatenate(numbers), repeats), lengths, seq_len)
-    columns = np.broadcast_to(np.arange(seq_len + 1), segments.shape)
-    positions = columns - _rows(np.repeat(np.concatenate(zeros), repeats), lengths, seq_len)
-    positions = np.where(segments == 0, 0, positions).astype(np.int32)
-    batch = split_rows(_rows(tokens, lengths, seq_len), segments, positions)
-    if across:
-        return batch._replace(loss_weights=(segments[:, 1:] != 0).astype(np.float32))
-    return batch
+    sizes = pieces.stops - pieces.starts
+    ends = sizes.cumsum()
+    begins = ends - sizes
+    per_row = np.bincount(pieces.rows, minlength=count)
+    firsts = per_row.cumsum() - per_row  # the first piece of each row
+    lengths = np.bincount(pieces.rows, sizes, minlength=count).astype(np.int64)
+    numbers = np.arange(1, len(sizes) + 1) - firsts[pieces.rows]  # segments
+    zeros = begins if restart else begins - pieces.starts
+    segments = numbers.astype(np.int32).repeat(sizes)
+    positions = np.arange(len(segments), dtype=np.int32) - zeros.astype(np.int32).repeat(sizes)
+    tokens, segments, positions = (_rows(flat, lengths, seq_len) for flat in (tokens, segments, positions))
+    weights = np.ones((count, seq_len), np.float32)
+    columns = begins - (lengths.cumsum() - lengths)[pieces.rows]  # where each piece begins in its row
+    inside = columns > 0
+    if not across:
+        weights[pieces.rows[inside], columns[inside] - 1] = 0
+    if len(segments) and lengths.min() <= seq_len:
+        weights[np.arange(1, seq_len + 1) >= lengths[:, None]] = 0
+    return LMBatch(
+        tokens=np.ascontiguousarray(tokens[:, :-1], np.int32),
+        targets=np.ascontiguousarray(tokens[:, 1:], np.int32),
+        loss_weights=weights,
+        positions=np.ascontiguousarray(positions[:, :-1]),
+        segment_ids=np.ascontiguousarray(segments[:, :-1]),
+    )
 
 
-def _rows(
-    flat: Shaped[np.ndarray, " tokens"], lengths: Int[np.ndarray, " rows"], seq_len: int
-) -> Shaped[np.ndarray, "rows columns"]:
+def _rows(flat: Shaped[np.ndarray, "_"], lengths: Int[np.ndarray, " rows"], seq_len: int) -> Any:
     """Return ``[rows, seq_len + 1]``, zero after the end of a row that is shorter."""
     if len(flat) == len(lengths) * (seq_len + 1):
         return flat.reshape(len(lengths), seq_len + 1)
-    out = np.zeros((len(lengths), seq_len + 1), flat.dtype)
-    out[np.arange(seq_len + 1) < lengths[:, None]] = flat
+    out = np.empty((len(lengths), seq_len + 1), flat.dtype)
+    begin = 0
+    for row, length in zip(out, lengths.tolist(), strict=True):
+        row[:length] = flat[begin : begin + length]
+        row[length:] = 0
+        begin += length
     return out
