@@ -8,6 +8,7 @@ from dovetail_data._errors import CacheError, CorpusError
 from dovetail_data.bounds import WithBos, WithoutEos
 from dovetail_data.build import Progress, build_cache
 from dovetail_data.cache import TokenCache
+from dovetail_data.chat import ChatEncoder
 from dovetail_data.corpus import Corpus, Document, Summary, concatenate, from_documents
 from dovetail_data.explain import Explanation, Piece
 from dovetail_data.megatron import MegatronTokens, write_megatron
@@ -23,6 +24,7 @@ from dovetail_data.unigram import token_counts, unigram_bits_per_byte
 
 __all__ = [
     "CacheError",
+    "ChatEncoder",
     "Corpus",
     "CorpusError",
     "Document",

@@ -17,6 +17,7 @@ from dovetail_data.tokenise import Encoded, Rules
 
 if TYPE_CHECKING:
     import dovetail_protocols
+    from dovetail_data.chat import ChatEncoder
 
 __all__ = ["Pool"]
 
@@ -80,7 +81,7 @@ class Pool:
         TypeError: the tokenizer does not pickle.
     """
 
-    def __init__(self, workers: int, tokenizer: "dovetail_protocols.Tokenizer", rule: Rules) -> None:
+    def __init__(self, workers: int, tokenizer: "dovetail_protocols.Tokenizer | ChatEncoder", rule: Rules) -> None:
         try:
             payload = pickle.dumps((tokenizer, rule), protocol=5)
         except Exception as error:

@@ -3,7 +3,7 @@
 import operator
 
 import numpy as np
-from jaxtyping import Int, Int64, UInt
+from jaxtyping import Int, Int64, UInt, UInt8
 
 from dovetail_data.tokens import TokenSource, check_pieces
 
@@ -64,13 +64,33 @@ class WithBos(_Changed):
         """Return the tokens ``[start, stop)`` of each document, one piece after the other (see `TokenSource`)."""
         check_pieces(documents, starts, stops, self._lengths)
         found = self.source.gather(documents, np.maximum(starts - 1, 0), np.maximum(stops - 1, 0))
+        return self._inserted(found, self.bos_id, starts, stops)
+
+    def weights(
+        self,
+        documents: Int[np.ndarray, " pieces"],
+        starts: Int[np.ndarray, " pieces"],
+        stops: Int[np.ndarray, " pieces"],
+    ) -> UInt8[np.ndarray, " tokens"] | None:
+        """Return which tokens of `gather` are learned; the first one never is."""
+        found = self.source.weights(documents, np.maximum(starts - 1, 0), np.maximum(stops - 1, 0))
+        return None if found is None else self._inserted(found, 0, starts, stops)
+
+    def _inserted(
+        self,
+        found: UInt[np.ndarray, "_"],
+        value: int,
+        starts: Int[np.ndarray, " pieces"],
+        stops: Int[np.ndarray, " pieces"],
+    ) -> UInt[np.ndarray, " tokens"]:
+        """Put a value before what begins a document."""
         sizes = stops - starts
         first = (starts == 0) & (sizes > 0)
         out = np.empty(int(sizes.sum()), found.dtype)
         theirs = np.ones(len(out), bool)
         theirs[(sizes.cumsum() - sizes)[first]] = False
         out[theirs] = found
-        out[~theirs] = self.bos_id
+        out[~theirs] = value
         return out
 
 
@@ -100,3 +120,12 @@ class WithoutEos(_Changed):
         """Return the tokens ``[start, stop)`` of each document, one piece after the other (see `TokenSource`)."""
         check_pieces(documents, starts, stops, self._lengths)
         return self.source.gather(documents, starts, stops)
+
+    def weights(
+        self,
+        documents: Int[np.ndarray, " pieces"],
+        starts: Int[np.ndarray, " pieces"],
+        stops: Int[np.ndarray, " pieces"],
+    ) -> UInt8[np.ndarray, " tokens"] | None:
+        """Return which tokens of `gather` are learned (see `TokenSource`)."""
+        return self.source.weights(documents, starts, stops)

@@ -21,10 +21,13 @@ from dovetail_data.writer import ShardWriter, finished_shards
 
 if TYPE_CHECKING:
     import dovetail_protocols
+    from dovetail_data.chat import ChatEncoder
 
 __all__ = ["Progress", "build_cache"]
 
-_OURS = re.compile(r"(cache\.json|building\.json|shard-\d{5,}\.(tokens|lengths|bytes|ids\.json|json))(\.partial)?")
+_OURS = re.compile(
+    r"(cache\.json|building\.json|shard-\d{5,}\.(tokens|lengths|bytes|weights|ids\.json|json))(\.partial)?"
+)
 _CHUNK_BYTES = 1 << 18
 _CHUNK_DOCUMENTS = 512
 _SMALL = 1 << 26  # below this, starting processes costs more than a tokenizer's own threads leave to gain
@@ -46,7 +49,7 @@ class Progress:
 
 def build_cache(
     corpus: Corpus | Iterable[str | Document],
-    tokenizer: "dovetail_protocols.Tokenizer",
+    tokenizer: "dovetail_protocols.Tokenizer | ChatEncoder",
     directory: str | os.PathLike[str],
     *,
     workers: int | None = None,
@@ -63,6 +66,7 @@ def build_cache(
     Args:
         corpus: a corpus, or documents that fit into memory.
         tokenizer: with more than one worker it must pickle, and its class must be importable (not from ``__main__``).
+            A `ChatEncoder` makes a cache of conversations that also tells which tokens are learned.
         directory: made if it does not exist; must be empty or hold a cache, finished or not.
         workers: processes that encode. 1 encodes in this process, with whatever threads the tokenizer's
             ``encode_batch`` has; None chooses 1 for less than 64 MiB of text, else one per core.
@@ -84,7 +88,8 @@ def build_cache(
     summary = corpus.summary
     if not summary.documents:
         raise CorpusError("the corpus holds no documents; expected at least one")
-    empty = Manifest(*rule, str(tokenizer.fingerprint), corpus.fingerprint, shard_tokens, "", ())
+    weighted = hasattr(tokenizer, "encode_weighted")
+    empty = Manifest(*rule, str(tokenizer.fingerprint), corpus.fingerprint, shard_tokens, "", (), weighted)
     count = workers or _workers(summary.bytes)
     directory = Path(directory)
     directory.mkdir(parents=True, exist_ok=True)
@@ -175,7 +180,7 @@ Encoder: TypeAlias = Callable[[Iterator[Chunk]], Iterator[tuple[Chunk, Encoded]]
 
 
 @contextlib.contextmanager
-def _encoder(workers: int, tokenizer: "dovetail_protocols.Tokenizer", rule: Rules) -> Generator[Encoder]:
+def _encoder(workers: int, tokenizer: "dovetail_protocols.Tokenizer | ChatEncoder", rule: Rules) -> Generator[Encoder]:
     """Give a function that encodes chunks in order, here or in several processes."""
     if workers == 1:
         yield lambda chunks: ((chunk, encode(tokenizer, chunk, rule)) for chunk in chunks)
@@ -217,10 +222,11 @@ def _build(
 
 def _resume(corpus: Corpus, directory: Path, empty: Manifest) -> tuple[ShardWriter, Iterator[Document]]:
     rule = Rules(empty.vocab_size, empty.eos_id, empty.dtype)
-    writer, documents = ShardWriter(directory, rule, empty.shard_tokens), iter(corpus)
+    writer = ShardWriter(directory, rule, empty.shard_tokens, weighted=empty.weighted)
+    documents = iter(corpus)
     for shard in finished_shards(directory):
         if not writer.keep(shard, itertools.islice(documents, shard.documents)):
-            return ShardWriter(directory, rule, empty.shard_tokens), iter(corpus)
+            return ShardWriter(directory, rule, empty.shard_tokens, weighted=empty.weighted), iter(corpus)
     return writer, documents
 
 

@@ -30,7 +30,9 @@ class TokenCache(MappedTokens):
         self._byte_lengths = self._read("bytes")
         paths = [shard.path(directory, "tokens") for shard in manifest.shards]
         maps = [np.asarray(np.memmap(path, manifest.dtype, "r")) for path in paths]
-        super().__init__(maps, self._read("lengths"), manifest.dtype)
+        marks = [shard.path(directory, "weights") for shard in manifest.shards if manifest.weighted]
+        learned = [np.asarray(np.memmap(path, np.uint8, "r")) for path in marks]
+        super().__init__(maps, self._read("lengths"), manifest.dtype, learned if manifest.weighted else None)
 
     @classmethod
     def open(cls, directory: str | os.PathLike[str], *, verify: Verify = "sizes") -> "TokenCache":

@@ -87,9 +87,9 @@ class Turns:
 
     >>> turns = Turns((1, 2))
     >>> turns.whose(np.arange(6)).tolist()
-    [1, 0, 1, 1, 0, 1]
-    >>> turns.counts(1000).tolist()
-    [333, 667]
+    [1, 0, 1, 0, 1, 1]
+    >>> turns.counts(999).tolist()
+    [333, 666]
     """
 
     def __init__(self, shares: Sequence[int]) -> None:

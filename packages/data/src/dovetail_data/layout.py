@@ -6,6 +6,7 @@ A cache is a directory of shards and one manifest. Everything is little-endian a
   each followed by the end-of-document id, which is part of the document;
 * ``shard-00000.lengths``: int64, tokens per document;
 * ``shard-00000.bytes``: int64, UTF-8 bytes of text per document;
+* ``shard-00000.weights``: uint8, 1 for each token that is learned, else 0; only where not all are;
 * ``shard-00000.ids.json``: a JSON list with the documents' ids;
 * ``cache.json``: the manifest, written last; without it there is no cache.
 """
@@ -39,7 +40,6 @@ FORMAT = "dovetail-token-cache"
 VERSION = 1
 MANIFEST = "cache.json"
 LEDGER = "building.json"
-KINDS = ("tokens", "lengths", "bytes", "ids.json")
 _BLOCK = 1 << 22
 
 
@@ -52,7 +52,7 @@ class Shard:
         tokens: of all documents, end tokens included.
         bytes: UTF-8 bytes of their text.
         text: the corpus fingerprint of all documents up to the end of this shard.
-        files: for each of its four files ``(name, size, xxh3_128)``.
+        files: for each of its files ``(name, size, xxh3_128)``.
     """
 
     documents: int
@@ -79,6 +79,7 @@ class Manifest:
         shard_tokens: at how many tokens a shard is closed.
         content: digest of all tokens and lengths in order, whatever the shards.
         shards: in order.
+        weighted: whether shards tell which tokens are learned.
     """
 
     vocab_size: int
@@ -89,12 +90,14 @@ class Manifest:
     shard_tokens: int
     content: str
     shards: tuple[Shard, ...]
+    weighted: bool = False
 
     @property
     def key(self) -> dict[str, Any]:
         """What a build depends on."""
         names = ("vocab_size", "eos_id", "dtype", "tokenizer", "corpus", "shard_tokens")
-        return {"format": FORMAT, "version": VERSION} | {name: getattr(self, name) for name in names}
+        key = {"format": FORMAT, "version": VERSION} | {name: getattr(self, name) for name in names}
+        return key | {"weighted": True} if self.weighted else key
 
     def save(self, directory: Path) -> None:
         """Write ``cache.json``: from here on the cache exists."""

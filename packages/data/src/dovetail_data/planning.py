@@ -233,8 +233,10 @@ class Plan:
 
     def _rows(self, rows: Int64[np.ndarray, " rows"]) -> "dovetail_protocols.LMBatch":
         sources, pieces = self._pieces(rows)
+        tokens, learned = self._tokens(sources, pieces)
         return assemble(
-            self._tokens(sources, pieces),
+            tokens,
+            learned,
             pieces,
             len(rows),
             seq_len=self.seq_len,
@@ -253,19 +255,24 @@ class Plan:
             parts.append(self._layouts[number].pieces(ordinals[mine]).of_rows(mine))
         return sources, Pieces.joined(parts)
 
-    def _tokens(self, sources: Int64[np.ndarray, " rows"], pieces: Pieces) -> Integer[np.ndarray, " tokens"]:
-        """Return the tokens of all pieces, one after the other."""
+    def _tokens(
+        self, sources: Int64[np.ndarray, " rows"], pieces: Pieces
+    ) -> tuple[Integer[np.ndarray, " tokens"], Integer[np.ndarray, " tokens"] | None]:
+        """Return the tokens of all pieces, one after the other, and which of them are learned; None if all are."""
         documents, starts, stops = pieces[:3]
         every = list(self._sources.values())
         if len(every) == 1:
-            return every[0].gather(documents, starts, stops)
+            return every[0].gather(documents, starts, stops), every[0].weights(documents, starts, stops)
         owners = sources[pieces.rows]
         of_token = owners.repeat(stops - starts)
-        tokens = np.empty(len(of_token), np.int32)
+        tokens, learned, all_learned = np.empty(len(of_token), np.int32), np.ones(len(of_token), np.uint8), True
         for number in np.unique(owners).tolist():
-            mine = owners == number
-            tokens[of_token == number] = every[number].gather(documents[mine], starts[mine], stops[mine])
-        return tokens
+            mine, theirs = owners == number, of_token == number
+            asked = documents[mine], starts[mine], stops[mine]
+            tokens[theirs] = every[number].gather(*asked)
+            if (weights := every[number].weights(*asked)) is not None:
+                learned[theirs], all_learned = weights, False
+        return tokens, None if all_learned else learned
 
     def _layout(self, name: str) -> CutRows | PackedRows:
         """Return the rows of one source."""

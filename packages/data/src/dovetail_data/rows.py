@@ -14,7 +14,14 @@ __all__ = ["assemble"]
 
 
 def assemble(
-    tokens: Integer[np.ndarray, " tokens"], pieces: Pieces, count: int, *, seq_len: int, restart: bool, across: bool
+    tokens: Integer[np.ndarray, " tokens"],
+    learned: Integer[np.ndarray, " tokens"] | None,
+    pieces: Pieces,
+    count: int,
+    *,
+    seq_len: int,
+    restart: bool,
+    across: bool,
 ) -> "dovetail_protocols.LMBatch":
     """Make a batch of rows of at most `seq_len` + 1 tokens, padding what is missing at their ends.
 
@@ -22,6 +29,7 @@ def assemble(
 
     Args:
         tokens: those of all rows, one row after the other.
+        learned: which of them are learned; None if all are.
         pieces: what the rows are made of.
         count: the number of rows.
         seq_len: T.
@@ -48,6 +56,8 @@ def assemble(
         weights[pieces.rows[inside], columns[inside] - 1] = 0
     if len(segments) and lengths.min() <= seq_len:
         weights[np.arange(1, seq_len + 1) >= lengths[:, None]] = 0
+    if learned is not None:
+        weights *= _rows(learned, lengths, seq_len)[:, 1:]
     return LMBatch(
         tokens=np.ascontiguousarray(tokens[:, :-1], np.int32),
         targets=np.ascontiguousarray(tokens[:, 1:], np.int32),

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import xxhash
-from jaxtyping import Int, Int64, UInt
+from jaxtyping import Int, Int64, UInt, UInt8
 
 from dovetail_data.permutation import Permutation
 
@@ -53,6 +53,16 @@ class TokenSource(abc.ABC):
         Raises:
             IndexError: there is no such document, or a piece does not lie inside its document.
         """
+
+    def weights(
+        self,
+        documents: Int[np.ndarray, " pieces"],
+        starts: Int[np.ndarray, " pieces"],
+        stops: Int[np.ndarray, " pieces"],
+    ) -> UInt8[np.ndarray, " tokens"] | None:
+        """Return 1 for each token of `gather` that is learned and 0 for others; None where all are."""
+        del documents, starts, stops
+        return None
 
     @abc.abstractmethod
     def origin(self, document: int) -> str:
@@ -160,6 +170,15 @@ class TokenView(TokenSource):
         """Return the tokens ``[start, stop)`` of each document, one piece after the other (see `TokenSource`)."""
         check_pieces(documents, starts, stops, self._lengths)
         return self.source.gather(self.documents[documents], starts, stops)
+
+    def weights(
+        self,
+        documents: Int[np.ndarray, " pieces"],
+        starts: Int[np.ndarray, " pieces"],
+        stops: Int[np.ndarray, " pieces"],
+    ) -> UInt8[np.ndarray, " tokens"] | None:
+        """Return which tokens of `gather` are learned (see `TokenSource`)."""
+        return self.source.weights(self.documents[documents], starts, stops)
 
     def origin(self, document: int) -> str:
         """Return the id that the corpus gave to a document."""

@@ -40,14 +40,16 @@ def finished_shards(directory: Path) -> Iterator[Shard]:
 class ShardWriter:
     """Collects documents in order and writes a shard as soon as it has `shard_tokens` tokens."""
 
-    def __init__(self, directory: Path, rule: Rules, shard_tokens: int) -> None:
+    def __init__(self, directory: Path, rule: Rules, shard_tokens: int, *, weighted: bool = False) -> None:
         self.shards: list[Shard] = []
         self.documents = self.tokens = self.bytes = 0
         self._directory = directory
         self._rule = rule
         self._limit = shard_tokens
         self._text = TextDigest()
-        self._content = {kind: xxhash.xxh3_128() for kind in ("tokens", "lengths")}
+        self._weighted = weighted
+        kinds = ("tokens", "lengths", "weights") if weighted else ("tokens", "lengths")
+        self._content = {kind: xxhash.xxh3_128() for kind in kinds}
         self._ids: list[str] = []
         self._parts: list[Encoded] = []
         self._pending = 0
@@ -80,11 +82,9 @@ class ShardWriter:
             ends = np.cumsum(encoded.lengths)
             count = int(np.searchsorted(ends, self._limit - self._pending)) + 1
             cut = int(ends[min(count, len(ends)) - 1])
-            self._append(
-                documents[:count], Encoded(encoded.tokens[:cut], encoded.lengths[:count], encoded.sizes[:count])
-            )
+            self._append(documents[:count], _part(encoded, slice(cut), slice(count)))
             documents = documents[count:]
-            encoded = Encoded(encoded.tokens[cut:], encoded.lengths[count:], encoded.sizes[count:])
+            encoded = _part(encoded, slice(cut, None), slice(count, None))
 
     def close(self) -> None:
         """Write the last shard."""
@@ -101,8 +101,11 @@ class ShardWriter:
             self._flush()
 
     def _flush(self) -> None:
-        tokens, lengths, sizes = (np.concatenate(parts) for parts in zip(*self._parts, strict=True))
+        tokens, lengths, sizes = (np.concatenate(parts) for parts in list(zip(*self._parts, strict=True))[:3])
         data = {"tokens": tokens, "lengths": lengths, "bytes": sizes, "ids.json": json.dumps(self._ids).encode()}
+        if self._weighted:
+            data["weights"] = np.concatenate([part.weights for part in self._parts if part.weights is not None])
+            self._content["weights"].update(data["weights"].data)
         stem = f"shard-{len(self.shards):05d}"
         files = {kind: write_file(self._directory / f"{stem}.{kind}", value) for kind, value in data.items()}
         self._content["tokens"].update(tokens.data)
@@ -117,3 +120,8 @@ class ShardWriter:
         self.documents += shard.documents
         self.tokens += shard.tokens
         self.bytes += shard.bytes
+
+
+def _part(encoded: Encoded, tokens: slice, documents: slice) -> Encoded:
+    weights = None if encoded.weights is None else encoded.weights[tokens]
+    return Encoded(encoded.tokens[tokens], encoded.lengths[documents], encoded.sizes[documents], weights)
