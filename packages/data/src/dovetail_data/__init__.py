@@ -16,6 +16,7 @@ from dovetail_data.permutation import Permutation
 from dovetail_data.planning import Plan
 from dovetail_data.sources import jsonl, open_corpus, parquet, text_files
 from dovetail_data.stdlib import python_corpus
+from dovetail_data.tar_files import webdataset
 from dovetail_data.token_files import FileTokens
 from dovetail_data.tokens import TokenSource, TokenView
 from dovetail_data.unigram import token_counts, unigram_bits_per_byte
@@ -48,5 +49,6 @@ __all__ = [
     "text_files",
     "token_counts",
     "unigram_bits_per_byte",
+    "webdataset",
     "write_megatron",
 ]
