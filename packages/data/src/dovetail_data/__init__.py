@@ -14,6 +14,7 @@ from dovetail_data.mixture import Mixture
 from dovetail_data.packed import Yield
 from dovetail_data.permutation import Permutation
 from dovetail_data.planning import Plan
+from dovetail_data.record_files import array_records
 from dovetail_data.sources import jsonl, open_corpus, parquet, text_files
 from dovetail_data.stdlib import python_corpus
 from dovetail_data.tar_files import webdataset
@@ -39,6 +40,7 @@ __all__ = [
     "TokenSource",
     "TokenView",
     "Yield",
+    "array_records",
     "build_cache",
     "concatenate",
     "from_documents",

@@ -5,9 +5,12 @@ order of the list. Names that begin with a dot are left out of a directory. URLs
 need it.
 """
 
+import contextlib
 import io
 import os
-from collections.abc import Callable, Iterator, Sequence
+import shutil
+import tempfile
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias, cast
 from urllib.parse import urlsplit
@@ -45,6 +48,18 @@ class File(NamedTuple):
         if self.system is None:
             return open(self.path, "rb")
         return io.BufferedReader(_Remote(self), _BUFFER)
+
+    @contextlib.contextmanager
+    def local(self) -> Generator[str]:
+        """Give a local path, for readers that know no other; of a remote file that of a copy."""
+        if self.system is None:
+            yield self.path
+            return
+        with tempfile.NamedTemporaryFile() as copy:
+            with self.open() as stream:
+                shutil.copyfileobj(stream, copy, _BUFFER)
+            copy.flush()
+            yield copy.name
 
 
 class _Remote(io.RawIOBase):

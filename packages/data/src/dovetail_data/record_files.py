@@ -1,0 +1,76 @@
+"""ArrayRecord files: records as documents."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from dovetail_data._errors import CorpusError
+from dovetail_data.corpus import Corpus, Document
+from dovetail_data.decoding import Undecodable, check_undecodable
+from dovetail_data.files import File, FileCorpus, Paths, find
+
+__all__ = ["ARRAY_RECORD", "array_records"]
+
+ARRAY_RECORD = (".array_record", ".arrayrecord")
+_BATCH = 1024  # records
+
+
+def array_records(
+    paths: Paths, *, decode: Callable[[bytes], str] = bytes.decode, undecodable: Undecodable = "error"
+) -> Corpus:
+    """Return a corpus with one document per record of ArrayRecord files (needs ``dovetail-data[array-record]``).
+
+    Args:
+        paths: a directory, a file, or a list of both; URLs need ``dovetail-data[fsspec]``, and such a file is copied to
+            a temporary one while it is read.
+        decode: makes the text of a record; a UnicodeDecodeError means that it is undecodable.
+        undecodable: what to do with such a record.
+
+    Raises:
+        ModuleNotFoundError: array_record is not installed.
+        FileNotFoundError: a path does not exist.
+        CorpusError: no file matches; while iterating: a file is damaged, ends too early or is no ArrayRecord file.
+    """
+    check_undecodable(undecodable)
+    try:
+        import array_record.python.array_record_module  # noqa: F401  # pyright: ignore  # found missing here, not later
+    except ModuleNotFoundError as error:
+        text = f"{error}; ArrayRecord needs array_record: pip install 'dovetail-data[array-record]'"
+        raise ModuleNotFoundError(text) from error
+
+    def read(file: File) -> Iterator[Document | None]:
+        for number, record in enumerate(_records(file)):
+            text = _text(record, f"{file.where}, record {number}", decode, undecodable)
+            yield None if text is None else Document(f"{file.name}:{number}", text)
+
+    return FileCorpus(find(paths, ARRAY_RECORD), read)
+
+
+def _text(record: bytes, where: str, decode: Callable[[bytes], str], undecodable: Undecodable) -> str | None:
+    try:
+        return decode(record)
+    except UnicodeDecodeError as error:
+        if undecodable == "skip":
+            return None
+        raise CorpusError(f"{where} cannot be decoded ({error}); pass decode= or undecodable='skip'") from None
+
+
+def _records(file: File) -> Iterator[bytes]:
+    """Yield the records in batches; the reader's memory is that of one batch, whatever the file's groups."""
+    from array_record.python.array_record_module import ArrayRecordReader  # pyright: ignore[reportMissingTypeStubs]
+
+    with file.local() as path:
+        try:
+            reader: Any = ArrayRecordReader(path)
+            try:
+                if not reader.ok():  # and yet it counts no records, without an error
+                    raise CorpusError(f"{file.where} is damaged or not an ArrayRecord file; expected a whole one")
+                count = reader.num_records()
+                for start in range(0, count, _BATCH):
+                    yield from reader.read(start, min(start + _BATCH, count))
+            finally:
+                if reader.is_open():
+                    reader.close()
+        except (RuntimeError, ValueError, IndexError) as error:
+            if isinstance(error, CorpusError):
+                raise
+            raise CorpusError(f"{file.where} is damaged ({error}); expected a whole ArrayRecord file") from error
