@@ -9,6 +9,7 @@ from dovetail_data.build import Progress, build_cache
 from dovetail_data.cache import TokenCache
 from dovetail_data.corpus import Corpus, Document, Summary, concatenate, from_documents
 from dovetail_data.explain import Explanation, Piece
+from dovetail_data.hf_files import hf_dataset
 from dovetail_data.megatron import MegatronTokens, write_megatron
 from dovetail_data.mixture import Mixture
 from dovetail_data.packed import Yield
@@ -44,6 +45,7 @@ __all__ = [
     "build_cache",
     "concatenate",
     "from_documents",
+    "hf_dataset",
     "jsonl",
     "open_corpus",
     "parquet",

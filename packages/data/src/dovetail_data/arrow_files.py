@@ -1,6 +1,7 @@
-"""Rows of Parquet files as documents."""
+"""Rows of Parquet and Arrow files as documents."""
 
 import contextlib
+import io
 from collections.abc import Iterator
 from typing import Any
 
@@ -8,7 +9,9 @@ from dovetail_data._errors import CorpusError
 from dovetail_data.corpus import Document
 from dovetail_data.files import File
 
-__all__ = ["parquet_rows", "require_pyarrow"]
+__all__ = ["parquet_rows", "require_pyarrow", "saved_rows"]
+
+_END = b"\xff\xff\xff\xff\0\0\0\0"  # pyarrow takes the end of the file for the end of the stream
 
 
 def require_pyarrow(what: str) -> None:
@@ -28,13 +31,13 @@ def parquet_rows(file: File, column: str) -> Iterator[Document | None]:
         with contextlib.ExitStack() as stack:
             source = file.path if file.system is None else stack.enter_context(file.open())
             reader = stack.enter_context(pyarrow.parquet.ParquetFile(source))
-            check_column(reader.schema_arrow, column, file)
-            yield from documents(reader.iter_batches(columns=[column]), column, file)
+            _check_column(reader.schema_arrow, column, file)
+            yield from _documents(reader.iter_batches(columns=[column]), column, file)
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         raise CorpusError(f"{file.where} cannot be read as Parquet ({error})") from error
 
 
-def check_column(schema: Any, column: str, file: File) -> None:
+def _check_column(schema: Any, column: str, file: File) -> None:
     """Raise CorpusError where a schema has no such column of strings."""
     import pyarrow
 
@@ -44,7 +47,7 @@ def check_column(schema: Any, column: str, file: File) -> None:
         raise CorpusError(f"{file.where} has the columns {columns}; expected strings in {column!r}")
 
 
-def documents(batches: Any, column: str, file: File) -> Iterator[Document]:
+def _documents(batches: Any, column: str, file: File) -> Iterator[Document]:
     """Yield one document per row of record batches."""
     number = 0
     for batch in batches:
@@ -53,3 +56,28 @@ def documents(batches: Any, column: str, file: File) -> Iterator[Document]:
                 raise CorpusError(f"{file.where}, row {number} has no text in {column!r}; expected a string")
             yield Document(f"{file.name}:{number}", text)
             number += 1
+
+
+def saved_rows(file: File, column: str) -> Iterator[Document | None]:
+    """Yield the rows of one Arrow stream file."""
+    import pyarrow
+    import pyarrow.ipc
+
+    try:
+        with file.open() as stream:
+            stream.seek(-len(_END), io.SEEK_END)
+            if stream.read() != _END:
+                raise CorpusError(f"{file.where} ends too early; expected a whole Arrow stream with its end mark")
+            stream.seek(0)
+            with pyarrow.ipc.open_stream(stream) as reader:
+                _check_column(reader.schema, column, file)
+                yield from _documents(_valid(reader, column), column, file)
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise CorpusError(f"{file.where} cannot be read as an Arrow stream ({error})") from error
+
+
+def _valid(batches: Any, column: str) -> Iterator[Any]:
+    """Check offsets and UTF-8 before anything is read through them: the format has no checksums."""
+    for batch in batches:
+        batch.column(column).validate(full=True)
+        yield batch

@@ -1,5 +1,6 @@
 """ArrayRecord files: records as documents."""
 
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -55,7 +56,7 @@ def _text(record: bytes, where: str, decode: Callable[[bytes], str], undecodable
 
 
 def _records(file: File) -> Iterator[bytes]:
-    """Yield the records in batches; the reader's memory is that of one batch, whatever the file's groups."""
+    """Yield the records in batches of at least a group: the reader decompresses a group for each of its parts."""
     from array_record.python.array_record_module import ArrayRecordReader  # pyright: ignore[reportMissingTypeStubs]
 
     with file.local() as path:
@@ -65,8 +66,10 @@ def _records(file: File) -> Iterator[bytes]:
                 if not reader.ok():  # and yet it counts no records, without an error
                     raise CorpusError(f"{file.where} is damaged or not an ArrayRecord file; expected a whole one")
                 count = reader.num_records()
-                for start in range(0, count, _BATCH):
-                    yield from reader.read(start, min(start + _BATCH, count))
+                group = re.search(r"group_size:(\d+)", reader.writer_options_string() or "")
+                batch = max(_BATCH, int(group[1]) if group else 0)
+                for start in range(0, count, batch):
+                    yield from reader.read(start, min(start + batch, count))
             finally:
                 if reader.is_open():
                     reader.close()

@@ -9,6 +9,7 @@ from dovetail_data.compressed import decompressed, require_zstd
 from dovetail_data.corpus import Corpus, Document, concatenate
 from dovetail_data.decoding import Undecodable, check_undecodable, decode, json_field
 from dovetail_data.files import File, FileCorpus, Paths, find
+from dovetail_data.hf_files import ARROW, hf_dataset
 from dovetail_data.record_files import ARRAY_RECORD, array_records
 from dovetail_data.tar_files import TAR, webdataset
 
@@ -99,9 +100,9 @@ def open_corpus(
 ) -> Corpus:
     """Return the corpus that files, directories and URLs hold, each file read as its suffix says.
 
-    JSON lines and Parquet are read from the field or column ``text``, WebDataset shards from the extension ``txt``.
-    The formats of a directory follow one another: text, JSON lines, Parquet, WebDataset shards, ArrayRecord. A file
-    with any other suffix is text.
+    JSON lines, Parquet and datasets saved on disk are read from the field or column ``text``, WebDataset shards from
+    the extension ``txt``. The formats of a directory follow one another: text, JSON lines, Parquet, a saved dataset,
+    WebDataset shards, ArrayRecord. A file with any other suffix is text.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -116,6 +117,7 @@ def _parts(path: str | os.PathLike[str], suffixes: Sequence[str], undecodable: U
     formats: dict[tuple[str, ...], Callable[[], Corpus]] = {
         _JSONL: lambda: jsonl(path, undecodable=undecodable),
         _PARQUET: lambda: parquet(path),
+        ARROW: lambda: hf_dataset(path),
         TAR: lambda: webdataset(path, undecodable=undecodable),
         ARRAY_RECORD: lambda: array_records(path, undecodable=undecodable),
     }
