@@ -15,7 +15,7 @@ from dovetail_data.mixture import Mixture
 from dovetail_data.packed import Yield
 from dovetail_data.permutation import Permutation
 from dovetail_data.planning import Plan
-from dovetail_data.record_files import array_records
+from dovetail_data.record_files import array_records, bagz_records
 from dovetail_data.sources import jsonl, open_corpus, parquet, text_files
 from dovetail_data.stdlib import python_corpus
 from dovetail_data.tar_files import webdataset
@@ -42,6 +42,7 @@ __all__ = [
     "TokenView",
     "Yield",
     "array_records",
+    "bagz_records",
     "build_cache",
     "concatenate",
     "from_documents",

@@ -55,7 +55,7 @@ class File(NamedTuple):
         if self.system is None:
             yield self.path
             return
-        with tempfile.NamedTemporaryFile() as copy:
+        with tempfile.NamedTemporaryFile(suffix=Path(self.name).suffix) as copy:
             with self.open() as stream:
                 shutil.copyfileobj(stream, copy, _BUFFER)
             copy.flush()

@@ -1,5 +1,6 @@
-"""ArrayRecord files: records as documents."""
+"""ArrayRecord and Bagz files: records as documents."""
 
+import os
 import re
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -9,9 +10,10 @@ from dovetail_data.corpus import Corpus, Document
 from dovetail_data.decoding import Undecodable, check_undecodable
 from dovetail_data.files import File, FileCorpus, Paths, find
 
-__all__ = ["ARRAY_RECORD", "array_records"]
+__all__ = ["ARRAY_RECORD", "BAGZ", "array_records", "bagz_records"]
 
 ARRAY_RECORD = (".array_record", ".arrayrecord")
+BAGZ = (".bagz",)
 _BATCH = 1024  # records
 
 
@@ -38,12 +40,46 @@ def array_records(
         text = f"{error}; ArrayRecord needs array_record: pip install 'dovetail-data[array-record]'"
         raise ModuleNotFoundError(text) from error
 
+    return _corpus(find(paths, ARRAY_RECORD), _array_records, decode, undecodable)
+
+
+def bagz_records(
+    paths: Paths, *, decode: Callable[[bytes], str] = bytes.decode, undecodable: Undecodable = "error"
+) -> Corpus:
+    """Return a corpus with one document per record of Bagz files (needs ``dovetail-data[bagz]``).
+
+    The format has no checksums: what is cut is an error, a flipped bit only where it makes a record undecodable.
+
+    Args:
+        paths: a directory, a file, or a list of both, ending with ``.bagz``; URLs as with `array_records`.
+        decode: makes the text of a record; a UnicodeDecodeError means that it is undecodable.
+        undecodable: what to do with such a record.
+
+    Raises:
+        ModuleNotFoundError: bagz is not installed.
+        FileNotFoundError: a path does not exist.
+        CorpusError: no file matches; while iterating: a file is empty, damaged, ends too early or is no Bagz file.
+    """
+    check_undecodable(undecodable)
+    try:
+        import bagz  # noqa: F401  # pyright: ignore  # found missing here, not later
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError(f"{error}; Bagz needs bagz: pip install 'dovetail-data[bagz]'") from error
+    return _corpus(find(paths, BAGZ), _bagz_records, decode, undecodable)
+
+
+def _corpus(
+    files: list[File],
+    records: Callable[[File], Iterator[bytes]],
+    decode: Callable[[bytes], str],
+    undecodable: Undecodable,
+) -> Corpus:
     def read(file: File) -> Iterator[Document | None]:
-        for number, record in enumerate(_records(file)):
+        for number, record in enumerate(records(file)):
             text = _text(record, f"{file.where}, record {number}", decode, undecodable)
             yield None if text is None else Document(f"{file.name}:{number}", text)
 
-    return FileCorpus(find(paths, ARRAY_RECORD), read)
+    return FileCorpus(files, read)
 
 
 def _text(record: bytes, where: str, decode: Callable[[bytes], str], undecodable: Undecodable) -> str | None:
@@ -55,7 +91,7 @@ def _text(record: bytes, where: str, decode: Callable[[bytes], str], undecodable
         raise CorpusError(f"{where} cannot be decoded ({error}); pass decode= or undecodable='skip'") from None
 
 
-def _records(file: File) -> Iterator[bytes]:
+def _array_records(file: File) -> Iterator[bytes]:
     """Yield the records in batches of at least a group: the reader decompresses a group for each of its parts."""
     from array_record.python.array_record_module import ArrayRecordReader  # pyright: ignore[reportMissingTypeStubs]
 
@@ -77,3 +113,19 @@ def _records(file: File) -> Iterator[bytes]:
             if isinstance(error, CorpusError):
                 raise
             raise CorpusError(f"{file.where} is damaged ({error}); expected a whole ArrayRecord file") from error
+
+
+def _bagz_records(file: File) -> Iterator[bytes]:
+    import bagz  # pyright: ignore
+
+    with file.local() as path:
+        if not os.path.getsize(path):
+            raise CorpusError(f"{file.where} is empty; expected a whole Bagz file")
+        try:
+            reader: Any = bagz.Reader(path)
+            for start in range(0, len(reader), _BATCH):
+                yield from reader.read_range(start, min(_BATCH, len(reader) - start))
+        except (OSError, RuntimeError, ValueError, IndexError) as error:
+            if isinstance(error, CorpusError):
+                raise
+            raise CorpusError(f"{file.where} is damaged ({error}); expected a whole Bagz file") from error

@@ -10,7 +10,7 @@ from dovetail_data.corpus import Corpus, Document, concatenate
 from dovetail_data.decoding import Undecodable, check_undecodable, decode, json_field
 from dovetail_data.files import File, FileCorpus, Paths, find
 from dovetail_data.hf_files import ARROW, hf_dataset
-from dovetail_data.record_files import ARRAY_RECORD, array_records
+from dovetail_data.record_files import ARRAY_RECORD, BAGZ, array_records, bagz_records
 from dovetail_data.tar_files import TAR, webdataset
 
 __all__ = ["TEXT_SUFFIXES", "jsonl", "open_corpus", "parquet", "text_files"]
@@ -102,7 +102,7 @@ def open_corpus(
 
     JSON lines, Parquet and datasets saved on disk are read from the field or column ``text``, WebDataset shards from
     the extension ``txt``. The formats of a directory follow one another: text, JSON lines, Parquet, a saved dataset,
-    WebDataset shards, ArrayRecord. A file with any other suffix is text.
+    WebDataset shards, ArrayRecord, Bagz. A file with any other suffix is text.
 
     Raises:
         FileNotFoundError: a path does not exist.
@@ -120,6 +120,7 @@ def _parts(path: str | os.PathLike[str], suffixes: Sequence[str], undecodable: U
         ARROW: lambda: hf_dataset(path),
         TAR: lambda: webdataset(path, undecodable=undecodable),
         ARRAY_RECORD: lambda: array_records(path, undecodable=undecodable),
+        BAGZ: lambda: bagz_records(path, undecodable=undecodable),
     }
     special = tuple(suffix for group in formats for suffix in group)
     names = [file.name for file in find(path, (*suffixes, *special))]
