@@ -4,6 +4,7 @@ import functools
 import gzip
 import http.server
 import json
+import pathlib
 import sys
 import threading
 
@@ -50,7 +51,7 @@ def served(tree):
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=tree)) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, args=(0.01,))
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
@@ -75,6 +76,23 @@ def test_each_format_reads_a_url(memory, served):
         assert texts(jsonl(f"{root}/z.jsonl.gz")) == ["J", "K"]
         assert ids(parquet(f"{root}/y.parquet")) == ["y.parquet:0", "y.parquet:1"]
         assert texts(open_corpus(f"{root}/z.jsonl.gz", f"{root}/x.bin")) == ["J", "K", "no"]
+
+
+def test_large_files_of_a_server_without_ranges(tree, served):
+    """Python's own server is one; the error names the file, and a copy gets around it."""
+    text = "".join(f"{i}\n" for i in range(1_500_000))
+    (tree / "large.txt").write_text(text)
+    with pytest.raises(CorpusError, match=r"http://.*large\.txt cannot be read .*range requests"):
+        texts(text_files(f"{served}/large.txt"))
+    corpus = text_files(f"simplecache::{served}/large.txt")
+    assert texts(corpus) == [text]
+    assert ids(corpus) == ["large.txt"]
+
+
+def test_a_url_in_a_path_is_told(memory):
+    """A command line that makes Paths would otherwise look for a local folder in vain."""
+    with pytest.raises(FileNotFoundError, match="a URL must be a string"):
+        text_files(pathlib.Path(memory))
 
 
 def test_a_query_is_no_part_of_a_name(served):

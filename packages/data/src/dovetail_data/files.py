@@ -141,7 +141,8 @@ def _under(path: str, suffixes: tuple[str, ...], *, alone: bool) -> list[File]:
     if root.is_file():
         return [File(root.name, str(root))]
     if not root.is_dir():
-        raise FileNotFoundError(f"{root} does not exist or is neither a file nor a directory")
+        hint = "; a URL must be a string, a Path loses one of its slashes" if ":/" in path else ""
+        raise FileNotFoundError(f"{root} does not exist or is neither a file nor a directory{hint}")
     names: list[str] = []
     for folder, folders, files in os.walk(root):
         folders[:] = [name for name in folders if not name.startswith(".")]

@@ -109,9 +109,9 @@ def _array_records(file: File) -> Iterator[bytes]:
             finally:
                 if reader.is_open():
                     reader.close()
+        except CorpusError:
+            raise
         except (RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, CorpusError):
-                raise
             raise CorpusError(f"{file.where} is damaged ({error}); expected a whole ArrayRecord file") from error
 
 
@@ -125,7 +125,7 @@ def _bagz_records(file: File) -> Iterator[bytes]:
             reader: Any = bagz.Reader(path)
             for start in range(0, len(reader), _BATCH):
                 yield from reader.read_range(start, min(_BATCH, len(reader) - start))
+        except CorpusError:
+            raise
         except (OSError, RuntimeError, ValueError, IndexError) as error:
-            if isinstance(error, CorpusError):
-                raise
             raise CorpusError(f"{file.where} is damaged ({error}); expected a whole Bagz file") from error
