@@ -9,6 +9,14 @@ import numpy as np
 from dovetail_data import TokenSource
 
 
+def texts(corpus):
+    return [document.text for document in corpus]
+
+
+def ids(corpus):
+    return [document.id for document in corpus]
+
+
 @dataclasses.dataclass(frozen=True)
 class Bytes:
     """Bytes as ids; each fault is one way in which a tokenizer can misbehave."""

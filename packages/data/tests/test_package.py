@@ -11,6 +11,7 @@ import dovetail_data, dovetail_data.commands
 print(time.process_time() - begin)
 import sys, threading
 assert not {"jax", "grain", "pyarrow", "tokenizers", "dovetail_protocols"} & set(sys.modules)
+assert not {"array_record", "bagz", "fsspec", "zstandard"} & set(sys.modules)
 assert threading.active_count() == 1
 """
 

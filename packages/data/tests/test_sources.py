@@ -7,16 +7,9 @@ import sys
 import pyarrow
 import pyarrow.parquet
 import pytest
+from data_toys import ids, texts
 
 from dovetail_data import CorpusError, jsonl, open_corpus, parquet, text_files
-
-
-def texts(corpus):
-    return [document.text for document in corpus]
-
-
-def ids(corpus):
-    return [document.id for document in corpus]
 
 
 @pytest.fixture

@@ -11,13 +11,16 @@ from dovetail_data.cache import TokenCache
 from dovetail_data.chat import ChatEncoder
 from dovetail_data.corpus import Corpus, Document, Summary, concatenate, from_documents
 from dovetail_data.explain import Explanation, Piece
+from dovetail_data.hf_files import hf_dataset
 from dovetail_data.megatron import MegatronTokens, write_megatron
 from dovetail_data.mixture import Mixture
 from dovetail_data.packed import Yield
 from dovetail_data.permutation import Permutation
 from dovetail_data.planning import Plan
+from dovetail_data.record_files import array_records, bagz_records
 from dovetail_data.sources import jsonl, open_corpus, parquet, text_files
 from dovetail_data.stdlib import python_corpus
+from dovetail_data.tar_files import webdataset
 from dovetail_data.token_files import FileTokens
 from dovetail_data.tokens import TokenSource, TokenView
 from dovetail_data.unigram import token_counts, unigram_bits_per_byte
@@ -43,9 +46,12 @@ __all__ = [
     "WithBos",
     "WithoutEos",
     "Yield",
+    "array_records",
+    "bagz_records",
     "build_cache",
     "concatenate",
     "from_documents",
+    "hf_dataset",
     "jsonl",
     "open_corpus",
     "parquet",
@@ -53,5 +59,6 @@ __all__ = [
     "text_files",
     "token_counts",
     "unigram_bits_per_byte",
+    "webdataset",
     "write_megatron",
 ]

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from dovetail_data._errors import CorpusError
 from dovetail_data.corpus import Corpus
+from dovetail_data.files import File
 from dovetail_data.sources import files_as_text
 
 __all__ = ["python_corpus"]
@@ -32,8 +33,8 @@ def python_corpus(root: str | os.PathLike[str] | None = None) -> Corpus:
         CorpusError: the distribution ships no sources (less than 1 MB was found).
     """
     where = Path(sysconfig.get_path("stdlib") if root is None else root)
-    files = [(name, where / name) for name in _names(where)]
-    size = sum(path.stat().st_size for _, path in files)
+    files = [File(name, str(where / name)) for name in _names(where)]
+    size = sum(os.stat(file.path).st_size for file in files)
     if size < _LEAST_BYTES:
         raise CorpusError(
             f"found {size} bytes of Python sources in {where}; expected at least {_LEAST_BYTES}. This distribution "
