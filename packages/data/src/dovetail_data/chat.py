@@ -113,7 +113,9 @@ class ChatEncoder:
         except (ValueError, RecursionError) as error:
             raise CorpusError(f"a conversation is not JSON ({error}): {text!r:.80}") from None
         field, tools_field = self._fields
-        messages, tools = (value.get(field), value.get(tools_field)) if isinstance(value, dict) else (value, None)
+        inside = isinstance(value, dict)
+        messages: Any = value.get(field) if inside else value
+        tools: Any = value.get(tools_field) if inside else None
         good = isinstance(messages, list) and messages and all(map(_is_message, messages))
         if not good or not isinstance(tools, list | None):
             expected = f"an object with one in {field!r} and possibly a list in {tools_field!r}"
