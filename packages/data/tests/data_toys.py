@@ -1,12 +1,14 @@
 """Tokenizers and sources small enough to be obviously right; importable, so that worker processes find them."""
 
 import dataclasses
+import json
 import os
 import time
 
 import numpy as np
 
 from dovetail_data import TokenSource
+from dovetail_protocols import ChatEncoding, RoleSpan
 
 
 def texts(corpus):
@@ -91,3 +93,46 @@ class Arrays(TokenSource):
 
     def origin(self, document):
         return f"doc{document}"
+
+
+EOS, BOS = 256, 257
+HEADS = {"system": 258, "user": 259, "assistant": 260, "tool": 261}
+
+
+class Chat:
+    """A template like ChatML over bytes: head, text, calls in brackets, end token, line break."""
+
+    vocab_size, eos_ids, fingerprint = 262, (EOS,), "chat"
+
+    def __init__(self, drops_thoughts=False):
+        self.drops_thoughts = drops_thoughts
+
+    def encode_batch(self, texts):
+        return [list(text.encode()) for text in texts]
+
+    def chat(self, messages, tools=None, *, add_generation_prompt=False):
+        ids, spans = [BOS], []
+        if tools:
+            ids += list(json.dumps(tools).encode())
+        for place, message in enumerate(messages):
+            if message["role"] not in HEADS:
+                raise ValueError(f"role {message['role']!r}")
+            text = message.get("content", "")
+            if self.drops_thoughts and place < len(messages) - 1:
+                text = text.removeprefix("hm... ")
+            ids.append(HEADS[message["role"]])
+            spans.append(
+                RoleSpan(message["role"], len(ids), len(ids) + len(text.encode()))
+                if text
+                else RoleSpan(message["role"], 0, 0)
+            )
+            ids += list(text.encode())
+            ids += list(json.dumps(message["tool_calls"]).encode()) if "tool_calls" in message else []
+            ids += [EOS, 10]
+        return ChatEncoding(ids + [HEADS["assistant"]] * add_generation_prompt, tuple(spans))
+
+
+class PlainChat(Chat):
+    """The same vocabulary for plain text."""
+
+    fingerprint = "plain"

@@ -4,6 +4,7 @@ import json
 
 import numpy as np
 import pytest
+from data_toys import BOS, EOS, HEADS, Chat, PlainChat
 
 from dovetail_data import (
     CacheError,
@@ -16,43 +17,6 @@ from dovetail_data import (
     build_cache,
     from_documents,
 )
-from dovetail_protocols import ChatEncoding, RoleSpan
-
-EOS, BOS = 256, 257
-HEADS = {"system": 258, "user": 259, "assistant": 260, "tool": 261}
-
-
-class Chat:
-    """A template like ChatML over bytes: head, text, calls in brackets, end token, line break."""
-
-    vocab_size, eos_ids, fingerprint = 262, (EOS,), "chat"
-
-    def __init__(self, drops_thoughts=False):
-        self.drops_thoughts = drops_thoughts
-
-    def encode_batch(self, texts):
-        return [list(text.encode()) for text in texts]
-
-    def chat(self, messages, tools=None, *, add_generation_prompt=False):
-        ids, spans = [BOS], []
-        if tools:
-            ids += list(json.dumps(tools).encode())
-        for place, message in enumerate(messages):
-            if message["role"] not in HEADS:
-                raise ValueError(f"role {message['role']!r}")
-            text = message.get("content", "")
-            if self.drops_thoughts and place < len(messages) - 1:
-                text = text.removeprefix("hm... ")
-            ids.append(HEADS[message["role"]])
-            spans.append(
-                RoleSpan(message["role"], len(ids), len(ids) + len(text.encode()))
-                if text
-                else RoleSpan(message["role"], 0, 0)
-            )
-            ids += list(text.encode())
-            ids += list(json.dumps(message["tool_calls"]).encode()) if "tool_calls" in message else []
-            ids += [EOS, 10]
-        return ChatEncoding(ids + [HEADS["assistant"]] * add_generation_prompt, tuple(spans))
 
 
 def message(role, content="", **others):
@@ -173,12 +137,6 @@ def test_weights_of_batches(tmp_path, packing):
         inside = batch.segment_ids[row] > 0
         share = batch.loss_weights[row][inside].mean()
         assert share > 0.9 if pieces[0].source == "web" else share < 0.6
-
-
-class PlainChat(Chat):
-    """The same vocabulary for plain text."""
-
-    fingerprint = "plain"
 
 
 @pytest.mark.parametrize(
