@@ -4,6 +4,7 @@ Rows of T+1 tokens are made of the documents of a source: cut out of a stream of
 A mixture has the rows of several sources, in turns. Step ``k`` is the rows from ``schedule.first_row(k)`` on.
 """
 
+import functools
 import operator
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
@@ -134,7 +135,7 @@ class Plan:
         """The number of rows that a finite plan has, else None; the last batch is padded with empty ones."""
         return self._layouts[0].count if self._timeline is None else self._timeline.count
 
-    @property
+    @functools.cached_property
     def steps(self) -> int | None:
         """The number of steps that a finite plan has, else None."""
         if self.rows is None:

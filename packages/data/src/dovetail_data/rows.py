@@ -42,36 +42,44 @@ def assemble(
     ends = sizes.cumsum()
     begins = ends - sizes
     per_row = np.bincount(pieces.rows, minlength=count)
-    firsts = per_row.cumsum() - per_row  # the first piece of each row
+    lasts = per_row.cumsum()
+    firsts = lasts - per_row  # the first piece of each row
     lengths = np.bincount(pieces.rows, sizes, minlength=count).astype(np.int64)
-    numbers = np.arange(1, len(sizes) + 1) - firsts[pieces.rows]  # segments
-    zeros = begins if restart else begins - pieces.starts
-    segments = numbers.astype(np.int32).repeat(sizes)
-    positions = np.arange(len(segments), dtype=np.int32) - zeros.astype(np.int32).repeat(sizes)
-    tokens, segments, positions = (_rows(flat, lengths, seq_len) for flat in (tokens, segments, positions))
-    weights = np.ones((count, seq_len), np.float32)
     columns = begins - (lengths.cumsum() - lengths)[pieces.rows]  # where each piece begins in its row
-    inside = columns > 0
+
+    inputs, kept = sizes.copy(), lengths.copy()  # without the last token of whole rows, which is a target only
+    whole = np.flatnonzero(lengths == seq_len + 1)
+    inputs[lasts[whole] - 1] -= 1
+    kept[whole] = seq_len
+    numbers = np.arange(1, len(sizes) + 1) - firsts[pieces.rows]
+    zeros = columns if restart else columns - pieces.starts
+    segments = _rows(numbers.astype(np.int32).repeat(inputs), kept, seq_len)
+    positions = np.arange(seq_len, dtype=np.int32) - _rows(zeros.astype(np.int32).repeat(inputs), kept, seq_len)
+
+    weights = np.ones((count, seq_len), np.float32)
     if not across:
+        inside = columns > 0
         weights[pieces.rows[inside], columns[inside] - 1] = 0
-    if len(segments) and lengths.min() <= seq_len:
-        weights[np.arange(1, seq_len + 1) >= lengths[:, None]] = 0
+    for row in np.flatnonzero(lengths <= seq_len).tolist():
+        weights[row, max(lengths[row] - 1, 0) :] = 0
+        positions[row, lengths[row] :] = 0
     if learned is not None:
-        weights *= _rows(learned, lengths, seq_len)[:, 1:]
+        weights *= _rows(learned, lengths, seq_len + 1)[:, 1:]
+    tokens = _rows(tokens, lengths, seq_len + 1)
     return LMBatch(
         tokens=np.ascontiguousarray(tokens[:, :-1], np.int32),
         targets=np.ascontiguousarray(tokens[:, 1:], np.int32),
         loss_weights=weights,
-        positions=np.ascontiguousarray(positions[:, :-1]),
-        segment_ids=np.ascontiguousarray(segments[:, :-1]),
+        positions=positions,
+        segment_ids=segments,
     )
 
 
-def _rows(flat: Shaped[np.ndarray, "_"], lengths: Int[np.ndarray, " rows"], seq_len: int) -> Any:
-    """Return ``[rows, seq_len + 1]``, zero after the end of a row that is shorter."""
-    if len(flat) == len(lengths) * (seq_len + 1):
-        return flat.reshape(len(lengths), seq_len + 1)
-    out = np.empty((len(lengths), seq_len + 1), flat.dtype)
+def _rows(flat: Shaped[np.ndarray, "_"], lengths: Int[np.ndarray, " rows"], width: int) -> Any:
+    """Return ``[rows, width]``, zero after the end of a row that is shorter."""
+    if len(flat) == len(lengths) * width:
+        return flat.reshape(len(lengths), width)
+    out = np.empty((len(lengths), width), flat.dtype)
     begin = 0
     for row, length in zip(out, lengths.tolist(), strict=True):
         row[:length] = flat[begin : begin + length]

@@ -204,15 +204,14 @@ def check_pieces(documents: Any, starts: Any, stops: Any, lengths: Int64[np.ndar
         ValueError: the three are not integer arrays of one length.
         IndexError: a document or a range does not exist.
     """
-    arrays = [np.asarray(part) for part in (documents, starts, stops)]
-    if any(a.ndim != 1 or a.shape != arrays[0].shape or not np.issubdtype(a.dtype, np.integer) for a in arrays):
-        found = [f"{a.dtype}{list(a.shape)}" for a in arrays]
+    ids, begin, end = arrays = [np.asarray(part) for part in (documents, starts, stops)]
+    if any(array.ndim != 1 or array.shape != ids.shape or array.dtype.kind not in "iu" for array in arrays):
+        found = [f"{array.dtype}{list(array.shape)}" for array in arrays]
         raise ValueError(f"documents, starts and stops are {found}; expected integers of one length")
-    ids, begin, end = arrays
-    outside = np.flatnonzero((ids < 0) | (ids >= len(lengths)))
-    if outside.size:
-        raise IndexError(f"document {ids[outside[0]]} of {len(lengths)}; expected 0 to {len(lengths) - 1}")
-    wrong = np.flatnonzero((begin < 0) | (begin > end) | (end > lengths[ids]))
-    if wrong.size:
-        i = wrong[0]
+    if ids.size and (ids.min() < 0 or ids.max() >= len(lengths)):
+        outside = ids[(ids < 0) | (ids >= len(lengths))]
+        raise IndexError(f"document {outside[0]} of {len(lengths)}; expected 0 to {len(lengths) - 1}")
+    wrong = (begin < 0) | (begin > end) | (end > lengths[ids])
+    if wrong.any():
+        i = wrong.argmax()
         raise IndexError(f"tokens {begin[i]} to {end[i]} of document {ids[i]}, which has {lengths[ids[i]]}")
