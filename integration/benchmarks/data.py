@@ -8,6 +8,7 @@ targets, weights, positions and segments, Grain tokens, positions and segments.
 
 import random
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,20 +39,36 @@ def corpus(c: dict[str, Any]) -> tuple[Path, Any]:
 
 
 class Epoch:
-    """Counts what an epoch's batches hold."""
+    """Counts what an epoch's batches hold: their tokens in the first turn, which warms up, later ones their number."""
 
     clock = staticmethod(time.process_time)
 
     def __init__(self, c: dict[str, Any]) -> None:
         self.config = c
+        self.sums = [0, 0, 0]  # places, tokens, and the sum of their ids
+        self.counts: set[int] = set()
+
+    def run(self) -> None:
+        """One epoch."""
+        started, count, summed = time.perf_counter(), 0, not self.counts
+        for tokens, segments in self.batches():
+            if not count:
+                self.first = time.perf_counter() - started
+            count += 1
+            if summed:
+                found = tokens.size, int((segments > 0).sum()), int(tokens.sum(dtype="int64"))
+                self.sums = [a + b for a, b in zip(self.sums, found, strict=True)]
+        self.counts.add(count)
+        if len(self.counts) > 1:
+            raise RuntimeError(f"epochs of {sorted(self.counts)} batches; expected the same number in every turn")
 
     def checksum(self) -> list[float]:
         """Tokens, and the sum of their ids."""
-        return [self.tokens, self.ids]
+        return [float(value) for value in self.sums[1:]]
 
     def extra(self) -> dict[str, float]:
         """Milliseconds until the first batch, and the share of the rows that is no padding."""
-        return {"first_ms": round(1e3 * self.first, 1), "filled": round(self.tokens / self.places, 4)}
+        return {"first_ms": round(1e3 * self.first, 1), "filled": round(self.sums[1] / self.sums[0], 4)}
 
 
 class Dovetail(Epoch):
@@ -65,19 +82,13 @@ class Dovetail(Epoch):
         self.source = dovetail_data.FileTokens(path, eos_id=0, vocab_size=50_000)
         self.name, self.plan = f"dovetail-data, {c['packing']}", dovetail_data.Plan
 
-    def run(self) -> None:
-        """One epoch, the plan included."""
-        started = time.perf_counter()
-        self.tokens = self.ids = self.places = 0
+    def batches(self) -> Iterator[tuple[Any, Any]]:
+        """Of one epoch, the plan included."""
         c = self.config
         options = {"seq_len": c["seq_len"], "batch": c["batch"], "packing": c["packing"], "over_long": c["over_long"]}
         loader = iter(self.plan(self.source, **options, seed=0, epochs=1).loader())
-        for number, batch in enumerate(loader):
-            if not number:
-                self.first = time.perf_counter() - started
-            self.tokens += int((batch.segment_ids > 0).sum())
-            self.ids += int(batch.tokens.sum())
-            self.places += batch.tokens.size
+        for batch in loader:
+            yield batch.tokens, batch.segment_ids
         loader.close()
 
 
@@ -104,12 +115,8 @@ class Grain(Epoch):
 
         self.name, self.grain, self.documents = f"grain {grain.__version__}", grain, Documents()
 
-    def run(self) -> None:
-        """One epoch."""
-        import numpy as np
-
-        started = time.perf_counter()
-        self.tokens = self.ids = self.places = 0
+    def batches(self) -> Iterator[tuple[Any, Any]]:
+        """Of one epoch."""
         c, grain = self.config, self.grain
         documents = grain.MapDataset.source(self.documents).shuffle(seed=0)
         rows = documents.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0))
@@ -120,12 +127,8 @@ class Grain(Epoch):
             names = {"first_fit": "FirstFitPackIterDataset", "best_fit": "BestFitPackIterDataset"}
             packed = getattr(grain.experimental, names[c["packing"]])
             rows = packed(rows, length_struct=struct, num_packing_bins=BINS)
-        for number, batch in enumerate(rows.batch(c["batch"])):
-            if not number:
-                self.first = time.perf_counter() - started
-            self.tokens += int((batch["tokens_segment_ids"] > 0).sum())
-            self.ids += int(batch["tokens"].sum(dtype=np.int64))
-            self.places += batch["tokens"].size
+        for batch in rows.batch(c["batch"]):
+            yield batch["tokens"], batch["tokens_segment_ids"]
 
 
 def cases(rng: random.Random | None) -> list[Case]:

@@ -7,7 +7,7 @@ import pytest
 import tokenizers
 
 from dovetail_data import Plan
-from dovetail_data.commands import Show, Stats
+from dovetail_data.commands import Explain, Show, Stats, Verify
 from dovetail_protocols import CommandError
 
 
@@ -70,3 +70,24 @@ def test_missing_files_are_user_errors(cache, tmp_path):
         Stats(tmp_path / "nowhere").run()
     with pytest.raises(CommandError, match=r"tokenizer\.json cannot be read"):
         Show(cache.directory, tokenizer=tmp_path).run()
+
+
+def test_explain_names_the_documents(cache, capsys):
+    """The same lines as the plan's own, of any packing."""
+    Explain(cache.directory, step=2, seq_len=20, batch=3, seed=5, packing="best_fit", row=1).run()
+    out = capsys.readouterr().out
+    rows = Plan(cache, seq_len=20, batch=3, seed=5, packing="best_fit").explain(2).rows
+    assert [line.strip() for line in out.splitlines() if line.startswith("  ")] == [str(piece) for piece in rows[1]]
+    with pytest.raises(CommandError, match="step -1"):
+        Explain(cache.directory, step=-1).run()
+
+
+def test_verify_reads_everything(cache, capsys):
+    assert Verify(cache.directory).run() == 0
+    assert "are as they were written" in capsys.readouterr().out
+    path = cache.directory / "shard-00001.lengths"
+    data = bytearray(path.read_bytes())
+    data[0] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CommandError, match=r"shard-00001\.lengths has digest"):
+        Verify(cache.directory).run()

@@ -11,7 +11,7 @@ from data_toys import Arrays
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from dovetail_data import Plan
+from dovetail_data import Plan, loader
 from dovetail_protocols.testing import check_host_split, check_loader, check_loader_follows_plan
 
 OPTIONS = {"seq_len": 6, "batch": 24}
@@ -28,6 +28,13 @@ def take(iterator, count):
 
 def our_threads():
     return [thread for thread in threading.enumerate() if thread.name.startswith("dovetail-data")]
+
+
+@pytest.fixture(autouse=True)
+def threads_at_once(monkeypatch):
+    """Even batches that are made in no time are made one by one, ahead, by threads."""
+    monkeypatch.setattr(loader, "_WORTH_A_THREAD", 0.0)
+    monkeypatch.setattr(loader, "_MOST_STEPS", 1)
 
 
 @pytest.mark.parametrize("prefetch", [0, 1, 2, 5])
@@ -183,6 +190,74 @@ def test_an_error_while_reading_reaches_the_consumer_and_can_be_retried():
         step += 1
     assert raised
     iterator.close()
+
+
+class Slow(Arrays):
+    """Storage that takes as long as it is told to."""
+
+    seconds = 0.0
+
+    def gather(self, documents, starts, stops):
+        time.sleep(self.seconds * len(documents))
+        return super().gather(documents, starts, stops)
+
+
+def test_threads_are_for_batches_that_take_long(monkeypatch):
+    """Handing over what is made in 0.2 ms takes twice the processor time; waiting for storage is what threads are for."""
+    monkeypatch.undo()
+    source = Slow([50, 60])
+    made = Plan(source, seq_len=4, batch=2, seed=0)
+    iterator = iter(made.loader(prefetch=2))
+    take(iterator, 20)
+    assert not iterator._ahead
+    iterator._ready.clear()
+    source.seconds = 0.005
+    next(iterator)  # the first of a group
+    assert not iterator._ahead
+    iterator._ready.clear()
+    monkeypatch.setattr(loader, "_MOST_STEPS", 1)
+    next(iterator)
+    assert len(iterator._ahead) == 2
+    step = iterator.get_state()["step"]
+    source.seconds = 0.0
+    for later, batch in enumerate(take(iterator, 30), step):
+        np.testing.assert_equal(batch, made.at(later))
+    assert not iterator._ahead
+    iterator.close()
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 10**6])
+def test_groups_never_change_the_data(source, monkeypatch, tokens):
+    """Batches that are made together, across skips, growing batches and the end, are those of one by one."""
+    monkeypatch.setattr(loader, "_GROUP_TOKENS", tokens)
+    monkeypatch.setattr(loader, "_MOST_STEPS", 6)
+    made = Plan(source, seq_len=5, batch=[(0, 2), (7, 4)], seed=0, epochs=2, skip=[(3, 5), (11, 12)])
+    parts = [list(made.loader(process_index=index, process_count=2, prefetch=0)) for index in range(2)]
+    assert len(parts[0]) == len(parts[1]) == made.steps
+    for step, pair in enumerate(zip(*parts, strict=True)):
+        whole = [np.concatenate(arrays) for arrays in zip(*(part[:5] for part in pair), strict=True)]
+        for array, expected in zip(whole, made.at(step)[:5], strict=True):
+            np.testing.assert_array_equal(array, expected)
+
+
+def test_what_fails_later_does_not_fail_now(monkeypatch):
+    """A damaged file stops the run at the step that reads it, not at the first of a group."""
+
+    class Damaged(Arrays):
+        def gather(self, documents, starts, stops):
+            if 3 in documents:
+                raise OSError("document 3 cannot be read")
+            return super().gather(documents, starts, stops)
+
+    monkeypatch.undo()
+    made = Plan(Damaged([9] * 8), seq_len=8, batch=1, seed=0, epochs=1)
+    bad = next(step for step in range(made.steps) if any(p.document == 3 for p in made.explain(step).rows[0]))
+    iterator = iter(made.loader(prefetch=0))
+    for step in range(bad):
+        np.testing.assert_equal(next(iterator), made.at(step))
+    with pytest.raises(OSError, match="document 3"):
+        next(iterator)
+    assert iterator.get_state()["step"] == bad
 
 
 def test_prefetch_starts_early_when_asked(made):

@@ -1,4 +1,4 @@
-"""The commands ``data.stats`` and ``data.show``."""
+"""The commands ``data.stats``, ``data.verify``, ``data.explain`` and ``data.show``."""
 
 import dataclasses
 from pathlib import Path
@@ -6,9 +6,11 @@ from typing import TYPE_CHECKING, Any, Literal
 
 if TYPE_CHECKING:
     from dovetail_data.cache import TokenCache
+    from dovetail_data.explain import Piece
+    from dovetail_data.planning import Plan
     from dovetail_data.tokens import TokenSource
 
-__all__ = ["Show", "Stats"]
+__all__ = ["Explain", "Show", "Stats", "Verify"]
 
 _PERCENTILES = (0, 5, 25, 50, 75, 95, 100)
 
@@ -47,8 +49,23 @@ class Stats:
 
 
 @dataclasses.dataclass(frozen=True)
-class Show:
-    """Print the batch of a step: where each row comes from, its tokens, and its text where a tokenizer is given."""
+class Verify:
+    """Compare every byte of a token cache with its digests."""
+
+    directory: Path
+    """The token cache."""
+
+    def run(self) -> int:
+        """Say that all is well; a damaged cache is a user error that names the files."""
+        cache = _open(self.directory, "full")
+        count = sum(len(shard.files) for shard in cache.manifest.shards)
+        print(f"{self.directory}: {count:,} files of {len(cache.manifest.shards):,} shards are as they were written")
+        return 0
+
+
+@dataclasses.dataclass(frozen=True)
+class Explain:
+    """Print which documents a step's rows are made of, and where in them each piece begins and ends."""
 
     directory: Path
     """The token cache."""
@@ -65,11 +82,11 @@ class Show:
     seed: int = 0
     """The seed of the order."""
 
+    packing: Literal["cut", "first_fit", "best_fit"] = "cut"
+    """How documents fill rows."""
+
     row: int | None = None
     """Only this row of the batch."""
-
-    tokenizer: Path | None = None
-    """A directory with a tokenizer.json, to print text (needs dovetail-data[show])."""
 
     part: Literal["all", "train", "validation"] = "all"
     """The whole cache, or one side of its split."""
@@ -82,21 +99,34 @@ class Show:
 
     def run(self) -> int:
         """Print it; a bad option is a user error."""
+        plan = self._plan()
+        for number, pieces in self._rows(plan):
+            print(f"\nrow {number}")
+            for piece in pieces:
+                print(f"  {piece}")
+        return 0
+
+    def _plan(self) -> "Plan":
         from dovetail_data.planning import Plan
         from dovetail_protocols import CommandError
 
         try:
             source = self._source(_open(self.directory, "sizes"))
-            chosen = Plan(source, seq_len=self.seq_len, batch=self.batch, seed=self.seed)
-            explanation, batch = chosen.explain(self.step), chosen.at(self.step)
-            numbers = range(self.batch) if self.row is None else [range(self.batch)[self.row]]
+            options: dict[str, Any] = {"seq_len": self.seq_len, "batch": self.batch, "packing": self.packing}
+            return Plan(source, **options, seed=self.seed)
+        except ValueError as error:
+            raise CommandError(str(error)) from error
+
+    def _rows(self, plan: "Plan") -> "list[tuple[int, tuple[Piece, ...]]]":
+        from dovetail_protocols import CommandError
+
+        try:
+            rows = list(enumerate(plan.explain(self.step).rows))
+            chosen = rows if self.row is None else [rows[range(self.batch)[self.row]]]
         except (ValueError, IndexError) as error:
             raise CommandError(str(error)) from error
-        decode = None if self.tokenizer is None else _decoder(self.tokenizer)
-        print(f"step {self.step} of {chosen.fingerprint}")
-        for number in numbers:
-            self._print_row(number, explanation.rows[number], batch, decode)
-        return 0
+        print(f"step {self.step} of {plan.fingerprint}")
+        return chosen
 
     def _source(self, cache: "TokenCache") -> "TokenSource":
         if self.part == "all":
@@ -104,7 +134,25 @@ class Show:
         train, validation = cache.split(self.validation, seed=self.split_seed)
         return train if self.part == "train" else validation
 
-    def _print_row(self, number: int, pieces: Any, batch: Any, decode: Any) -> None:
+
+@dataclasses.dataclass(frozen=True)
+class Show(Explain):
+    """Print the batch of a step: where each row comes from, its tokens, and its text where a tokenizer is given."""
+
+    tokenizer: Path | None = None
+    """A directory with a tokenizer.json, to print text (needs dovetail-data[show])."""
+
+    def run(self) -> int:
+        """Print it; a bad option is a user error."""
+        plan = self._plan()
+        rows = self._rows(plan)
+        batch = plan.at(self.step)
+        decode = None if self.tokenizer is None else _decoder(self.tokenizer)
+        for number, pieces in rows:
+            self._print_row(number, pieces, batch, decode)
+        return 0
+
+    def _print_row(self, number: int, pieces: "tuple[Piece, ...]", batch: Any, decode: Any) -> None:
         print(f"\nrow {number}: {int(batch.loss_weights[number].sum())} of {self.seq_len} targets count")
         tokens = [*batch.tokens[number].tolist(), int(batch.targets[number, -1])]
         for piece in pieces:

@@ -1,10 +1,12 @@
 """The loader: a plan's batches as a Grain dataset whose state is a step."""
 
+import contextlib
 import operator
+import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import grain
 
@@ -16,7 +18,16 @@ if TYPE_CHECKING:
 
 __all__ = ["PlanDataset", "PlanIterator"]
 
-_MOST_THREADS = 2  # one batch takes milliseconds; more threads would only compete with the computation
+_MOST_THREADS = 2  # more would only compete with the computation
+_GROUP_TOKENS, _MOST_STEPS = 1 << 16, 32  # small batches are made together, which takes less time than one by one
+_WORTH_A_THREAD = 2e-3  # seconds: a batch that is made faster costs less than handing it over
+
+
+class _Made(NamedTuple):
+    """Batches of consecutive steps, and how long it took to make them."""
+
+    batches: list[Any]
+    seconds: float
 
 
 class PlanDataset(grain.IterDataset[Any]):
@@ -27,7 +38,7 @@ class PlanDataset(grain.IterDataset[Any]):
         start_step: the first step.
         process_index: which of the processes this is.
         process_count: how many processes share a batch.
-        ahead: batches that threads make ahead.
+        ahead: batches that threads make ahead, where one takes longer to make than to hand over.
     """
 
     def __init__(
@@ -48,8 +59,21 @@ class PlanDataset(grain.IterDataset[Any]):
 
     def rows_at(self, step: int) -> "dovetail_protocols.LMBatch":
         """Return this process's rows of a step."""
+        return self.plan.rows_at(step, *self._share(step))
+
+    def group_at(self, step: int) -> "list[dovetail_protocols.LMBatch]":
+        """Return this process's rows of a step and of some that follow; of the step alone where one of them fails."""
+        tokens = self.plan.batch_at(step) // self.process_count * self.plan.seq_len
+        stop = step + min(max(_GROUP_TOKENS // tokens, 1), _MOST_STEPS)
+        steps = range(step, stop if self.plan.steps is None else min(stop, self.plan.steps))
+        if len(steps) > 1:
+            with contextlib.suppress(Exception):  # whoever asks for that step will see it
+                return self.plan.rows_of([(each, *self._share(each)) for each in steps])
+        return [self.rows_at(step)]
+
+    def _share(self, step: int) -> tuple[int, int]:
         share = self.plan.batch_at(step) // self.process_count
-        return self.plan.rows_at(step, self.process_index * share, (self.process_index + 1) * share)
+        return self.process_index * share, (self.process_index + 1) * share
 
     def __iter__(self) -> "PlanIterator":
         return PlanIterator(self)
@@ -59,13 +83,17 @@ class PlanDataset(grain.IterDataset[Any]):
 
 
 class PlanIterator(grain.DatasetIterator[Any]):
-    """Iterates over a `PlanDataset`. Its state is the consumer's step, whatever threads have made ahead."""
+    """Iterates over a `PlanDataset`. Its state is the consumer's step, whatever has been made ahead.
+
+    Threads make batches ahead only as long as one takes longer to make than to hand over.
+    """
 
     def __init__(self, dataset: PlanDataset) -> None:
         super().__init__()
         self._dataset = dataset
         self._step = dataset.start_step
-        self._ahead: deque[Future[Any]] = deque()
+        self._ready: deque[Any] = deque()  # the batches from this step on
+        self._ahead: deque[Future[_Made]] = deque()  # those that follow
         self._threads: ThreadPoolExecutor | None = None
         self._open = True
 
@@ -74,22 +102,39 @@ class PlanIterator(grain.DatasetIterator[Any]):
         steps = self._dataset.plan.steps
         if steps is not None and self._step >= steps:
             raise StopIteration
-        batch = self._next_ahead() if self._dataset.ahead else self._dataset.rows_at(self._step)
+        slow = not self._ready and self._make_ready()
+        batch = self._ready.popleft()
         self._step += 1
+        if slow:
+            self.start_prefetch()
         return batch
 
     def start_prefetch(self) -> None:
         """Let threads begin with the next batches; calling it again does no harm."""
         self._check_open()
-        dataset = self._dataset
-        last = self._step + dataset.ahead + 1
-        if dataset.plan.steps is not None:
-            last = min(last, dataset.plan.steps)
-        for step in range(self._step + len(self._ahead), last if dataset.ahead else 0):
+        plan, ahead = self._dataset.plan, self._dataset.ahead
+        step = self._step + len(self._ready) + len(self._ahead)
+        last = self._step + ahead
+        for each in range(step, last if plan.steps is None else min(last, plan.steps)):
             if self._threads is None:
-                count = min(dataset.ahead, _MOST_THREADS)
-                self._threads = ThreadPoolExecutor(count, thread_name_prefix="dovetail-data")
-            self._ahead.append(self._threads.submit(dataset.rows_at, step))
+                self._threads = ThreadPoolExecutor(min(ahead, _MOST_THREADS), thread_name_prefix="dovetail-data")
+            self._ahead.append(self._threads.submit(self._timed, lambda step: [self._dataset.rows_at(step)], each))
+
+    def _make_ready(self) -> bool:
+        """Bring the next batches, and tell whether one takes long to make."""
+        try:
+            made = self._ahead.popleft().result() if self._ahead else self._timed(self._dataset.group_at, self._step)
+        except BaseException:
+            self._forget()  # what is left in the queue no longer begins at this step
+            raise
+        self._ready.extend(made.batches)
+        return made.seconds >= _WORTH_A_THREAD * len(made.batches)
+
+    @staticmethod
+    def _timed(make: Callable[[int], list[Any]], step: int) -> "_Made":
+        started = time.perf_counter()
+        batches = make(step)
+        return _Made(batches, time.perf_counter() - started)
 
     def get_state(self) -> dict[str, Any]:
         """Return ``{"step": the next step, "fingerprint": the plan's}``, the same for every process."""
@@ -120,18 +165,11 @@ class PlanIterator(grain.DatasetIterator[Any]):
     def __str__(self) -> str:
         return f"PlanIterator(step={self._step})"
 
-    def _next_ahead(self) -> "dovetail_protocols.LMBatch":
-        self.start_prefetch()
-        try:
-            return self._ahead.popleft().result()
-        except BaseException:
-            self._forget()  # what is left in the queue no longer begins at this step
-            raise
-
     def _forget(self) -> None:
         for future in self._ahead:
             future.cancel()
         self._ahead.clear()
+        self._ready.clear()
 
     def _check_open(self) -> None:
         if not self._open:
