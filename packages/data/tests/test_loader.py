@@ -203,7 +203,7 @@ class Slow(Arrays):
 
 
 def test_threads_are_for_batches_that_take_long(monkeypatch):
-    """Handing over what is made in 0.2 ms takes twice the processor time; waiting for storage is what threads are for."""
+    """Handing over what is made in 0.2 ms takes twice the processor time; threads are for waiting for storage."""
     monkeypatch.undo()
     source = Slow([50, 60])
     made = Plan(source, seq_len=4, batch=2, seed=0)

@@ -190,7 +190,7 @@ class Plan:
         Raises:
             IndexError: the plan has no such step, or a batch no such rows.
         """
-        rows: list[Int64[np.ndarray, "_"]] = []
+        rows: list[Any] = []
         for step, start, stop in parts:
             raw = self._raw(step)
             if not 0 <= start < stop <= self.schedule.batch(raw):
