@@ -202,6 +202,18 @@ def test_wrong_mixtures_are_refused(arguments, message, untyped):
         Mixture(**(plain | arguments))
 
 
+def test_the_fingerprint_tells_what_the_rows_depend_on():
+    """The seventh digit of a weight makes other rows; a common factor does not."""
+    given = sources(web=40, code=30)
+
+    def fingerprint(web, code):
+        return Plan(Mixture(given, {"web": web, "code": code}), seq_len=6, batch=4, seed=0).fingerprint
+
+    assert fingerprint(100_001, 100_000) != fingerprint(100_002, 100_000)
+    assert fingerprint(123_456, 123_455) != fingerprint(123_457, 123_455)
+    assert fingerprint(0.8, 0.2) == fingerprint(4e6, 1e6)
+
+
 def test_a_mixture_has_no_epochs():
     with pytest.raises(ValueError, match="max_epochs in the mixture"):
         Plan(Mixture(sources(web=3), {"web": 1}), seq_len=4, batch=1, seed=0, epochs=1)

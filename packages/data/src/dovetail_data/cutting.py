@@ -60,9 +60,8 @@ class CutRows:
         stops = starts + (self._seq_len + 1)
         if self._end is not None:
             starts, stops = np.minimum(starts, self._end), np.minimum(stops, self._end)
-            if starts[-1] == self._end or starts.max() == self._end:
-                there = np.flatnonzero(starts < stops)
-                return self._stream.pieces(starts[there], stops[there]).of_rows(there)
+            there = np.flatnonzero(starts < stops)
+            return self._stream.pieces(starts[there], stops[there]).of_rows(there)
         return self._stream.pieces(starts, stops)
 
     def _places(self, rows: Int[np.ndarray, " rows"]) -> Int64[np.ndarray, " rows"]:

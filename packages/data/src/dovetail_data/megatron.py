@@ -16,8 +16,7 @@ from jaxtyping import Int64
 
 from dovetail_data._errors import CorpusError
 from dovetail_data.layout import write_whole
-from dovetail_data.mapped import MappedTokens
-from dovetail_data.scanning import scan
+from dovetail_data.scanning import ScannedTokens
 from dovetail_data.tokens import TokenSource, document_index
 
 __all__ = ["MegatronTokens", "write_megatron"]
@@ -25,11 +24,10 @@ __all__ = ["MegatronTokens", "write_megatron"]
 _MAGIC = b"MMIDIDX\0\0"
 _HEAD = struct.Struct("<9sQBQQ")
 _DTYPES = {1: "<u1", 2: "<i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}
-_UNSIGNED = {1: "<u1", 2: "<u4", 4: "<u4", 8: "<u8"}
 _BLOCK = 1 << 22  # tokens written at a time
 
 
-class MegatronTokens(MappedTokens):
+class MegatronTokens(ScannedTokens):
     """The documents of an indexed dataset, memory-mapped.
 
     Args:
@@ -49,23 +47,7 @@ class MegatronTokens(MappedTokens):
         index = prefix.with_name(prefix.name + ".idx")
         dtype, lengths = _read_index(index, self.path)
         tokens = np.memmap(self.path, dtype, "r") if lengths.any() else np.empty(0, dtype)
-        self._vocab_size, self._fingerprint = scan([tokens], [self.path], lengths, vocab_size)
-        super().__init__([np.asarray(tokens)], lengths, _UNSIGNED[max(np.dtype(dtype).itemsize, 2)])
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of all tokens and document lengths, whatever the dtype and paths."""
-        return self._fingerprint
-
-    @property
-    def vocab_size(self) -> int:
-        """As given, or one more than the largest id that occurs."""
-        return self._vocab_size
-
-    @property
-    def byte_lengths(self) -> Int64[np.ndarray, " documents"]:
-        """Zeros: the files do not tell."""
-        return np.zeros_like(self.lengths)
+        super().__init__([np.asarray(tokens)], [self.path], lengths, vocab_size)
 
     def origin(self, document: int) -> str:
         """Return the file's name and the document's number."""

@@ -42,9 +42,6 @@ class Mixture:
     Raises:
         ValueError: weights of an unknown source or below zero, starts that do not rise from 0, different
             vocabularies, or a limit below 1.
-
-    >>> from dovetail_data import Plan
-    >>> mixture = Mixture({"web": web, "code": code}, {"web": 0.75, "code": 0.25})  # doctest: +SKIP
     """
 
     sources: Mapping[str, TokenSource]

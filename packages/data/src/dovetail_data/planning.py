@@ -7,7 +7,7 @@ A mixture has the rows of several sources, in turns. Step ``k`` is the rows from
 import functools
 import itertools
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, get_args
 
 import numpy as np
@@ -316,19 +316,23 @@ class Plan:
         stages: list[tuple[int, Sequence[int]]] = []
         for start, weights in mixture.stages:
             row = self.schedule.first_row(start) if mixture.unit == "steps" else -(-start // self.seq_len)
-            turns = shares([weights.get(name, 0) for name in self._sources])
             if stages and stages[-1][0] == row:
                 stages.pop()  # two starts fall into one row
-            stages.append((row, turns))
+            stages.append((row, _turns(mixture, weights)))
         return Timeline(stages, [layout.count for layout in self._layouts], stop=mixture.on_exhausted == "stop")
 
 
+def _turns(mixture: Mixture, weights: Mapping[str, float | int]) -> tuple[int, ...]:
+    """Return the turns that each source has in a period."""
+    return shares([weights.get(name, 0) for name in mixture.sources])
+
+
 def _described(mixture: Mixture) -> str:
-    """Return the stages of a mixture, and its limits, without spaces."""
-    stages = [
-        f"{start}:" + "+".join(f"{weights[name]:g}*{name}" for name in mixture.sources if weights.get(name))
-        for start, weights in mixture.stages
-    ]
+    """Return the stages of a mixture in whole turns, and its limits, without spaces."""
+    stages: list[str] = []
+    for start, weights in mixture.stages:
+        turns = zip(mixture.sources, _turns(mixture, weights), strict=True)
+        stages.append(f"{start}:" + "+".join(f"{turn}*{name}" for name, turn in turns if turn))
     limits = [f"{name}<={most}" for name, most in sorted(mixture.max_epochs.items())]
     return ";".join([f"{mixture.unit},{mixture.on_exhausted}", *limits, *stages])
 

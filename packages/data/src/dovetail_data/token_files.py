@@ -9,8 +9,7 @@ import numpy as np
 from jaxtyping import Int64, Integer
 
 from dovetail_data._errors import CorpusError
-from dovetail_data.mapped import MappedTokens
-from dovetail_data.scanning import scan
+from dovetail_data.scanning import ScannedTokens
 from dovetail_data.tokens import document_index
 
 __all__ = ["FileTokens"]
@@ -18,7 +17,7 @@ __all__ = ["FileTokens"]
 _BLOCK = 1 << 22  # tokens
 
 
-class FileTokens(MappedTokens):
+class FileTokens(ScannedTokens):
     """The documents of some files, memory-mapped; file after file in the order given.
 
     Args:
@@ -52,23 +51,7 @@ class FileTokens(MappedTokens):
         counts = [_lengths(array, eos_id) for array in arrays]
         self._documents = np.concatenate(([0], np.cumsum([len(part) for part in counts])))
         lengths = np.concatenate(counts)
-        self._vocab_size, self._fingerprint = scan(arrays, self.paths, lengths, vocab_size)
-        super().__init__(arrays, lengths, "<u2" if self._vocab_size <= 65_536 else "<u4")
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of all tokens and document lengths, whatever the files, dtypes and paths."""
-        return self._fingerprint
-
-    @property
-    def vocab_size(self) -> int:
-        """As given, or one more than the largest id that occurs."""
-        return self._vocab_size
-
-    @property
-    def byte_lengths(self) -> Int64[np.ndarray, " documents"]:
-        """Zeros: the files do not tell."""
-        return np.zeros_like(self.lengths)
+        super().__init__(arrays, self.paths, lengths, vocab_size)
 
     def origin(self, document: int) -> str:
         """Return the file's name and the document's number in it."""
